@@ -1,0 +1,31 @@
+# Every target sets up what it needs in .venv first; nothing has to be installed by hand but Python and make.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test lint types build clean
+
+demo: $(READY)  ## train a tiny ViLT for some steps with and without the loss
+	$(BIN)/python -m examples.demo
+
+test: lint types  ## lint, types and every test
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+build: $(READY)  ## wheel and sdist in dist/
+	$(BIN)/python -m build
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[hf,timm,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

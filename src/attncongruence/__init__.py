@@ -1,0 +1,46 @@
+"""Attention congruence losses for vision-language transformers: CACR (ACL 2023) and IAIS (ACL 2021).
+
+    model --capture--> scores S --layout--> blocks LL LV VL VV --equivalence E--> E VV E^T --m-KL--> LL   (V likewise)
+
+    capture = capture_attention(model)
+    weight = exponential_warmup(total_steps=5000)
+    for step, batch in enumerate(loader):
+        out = model(**batch)
+        loss = out.loss + weight(step) * cacr_loss(capture.pop(), n_text=batch["input_ids"].shape[1])
+        loss.backward(); optimizer.step(); optimizer.zero_grad()
+
+`docs/paper-map.md` leads from each equation of the papers to its function and its test.
+"""
+
+from importlib.metadata import version
+
+from attncongruence.blocks import AttentionBlocks, split_attention
+from attncongruence.conventions import PRINTED, RELEASED, WEIGHTED_MEAN, Convention
+from attncongruence.divergence import symmetric_kl
+from attncongruence.layout import TokenLayout
+from attncongruence.losses import CACRLoss, IAISLoss, cacr_loss, iais_loss
+from attncongruence.reference import hard_equivalence_loop, soft_equivalence_loop
+from attncongruence.training.schedules import constant, exponential_warmup, linear_warmup, logarithmic_warmup
+
+__version__ = version("attncongruence")
+
+__all__ = [
+    "PRINTED",
+    "RELEASED",
+    "WEIGHTED_MEAN",
+    "AttentionBlocks",
+    "CACRLoss",
+    "Convention",
+    "IAISLoss",
+    "TokenLayout",
+    "cacr_loss",
+    "constant",
+    "exponential_warmup",
+    "hard_equivalence_loop",
+    "iais_loss",
+    "linear_warmup",
+    "logarithmic_warmup",
+    "soft_equivalence_loop",
+    "split_attention",
+    "symmetric_kl",
+]

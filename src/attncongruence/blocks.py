@@ -1,0 +1,273 @@
+"""The four blocks of one layer's attention (CACR, Eq. 2) and the masks that go with them."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass, replace
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from attncongruence._typing import checked, same_device
+from attncongruence.layout import TokenLayout, Tokens, check_boundary
+
+T = TypeVar("T")
+Scores = Float[Tensor, "batch heads length length"] | Float[Tensor, "batch length length"]
+Pairs = Bool[Tensor, "#batch #heads #length #length"] | Bool[Tensor, "batch length length"]
+Mask = Tokens | Pairs
+"""Which tokens are real, `(batch, length)`, or which pairs may attend, `(batch, heads, length, length)`."""
+
+
+class ScoreSource(abc.ABC):
+    """What has pre-softmax scores to give: a captured layer. The losses know it by this name alone."""
+
+    @property
+    @abc.abstractmethod
+    def scores(self) -> Tensor:
+        """Pre-softmax scores, `(batch, heads, queries, keys)`."""
+
+    @property
+    @abc.abstractmethod
+    def allowed(self) -> Tensor | None:
+        """Which pairs may attend, bool, 4-D and broadcastable to `scores`; None: all."""
+
+
+class Quadrants(NamedTuple, Generic[T]):
+    """One thing for each block: its scores, its map, its mask. Rows are queries: `LV` is text to image."""
+
+    LL: T
+    LV: T
+    VL: T
+    VV: T
+
+    def swap(self) -> Quadrants[T]:
+        """L and V exchanged."""
+        return Quadrants(LL=self.VV, LV=self.VL, VL=self.LV, VV=self.LL)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionBlocks:
+    """The four blocks of S and the masks of their real tokens; made by `split_attention` or `from_streams`.
+
+    Attributes:
+        LL: text to text, `(batch, heads, N, N)`, or without the head axis where S had none.
+        LV: text to image, `(batch, heads, N, M)`.
+        VL: image to text, `(batch, heads, M, N)`; None where the model has no such attention.
+        VV: image to image, `(batch, heads, M, M)`.
+        text_mask: `(batch, N)` bool, True at real text tokens.
+        image_mask: `(batch, M)` bool, True at real image tokens.
+        allowed: which pairs may attend, block by block, 4-D and broadcastable; None: all pairs of real tokens.
+        padded: False where both masks are known to be True throughout.
+
+    Source:
+        CACR (Pandey et al., ACL 2023), Eq. 2.
+    """
+
+    LL: Float[Tensor, ...]
+    LV: Float[Tensor, ...]
+    VL: Float[Tensor, ...] | None
+    VV: Float[Tensor, ...]
+    text_mask: Bool[Tensor, "batch text"]
+    image_mask: Bool[Tensor, "batch image"]
+    allowed: Quadrants[Tensor] | None = None
+    padded: bool = True
+
+    def swap(self) -> AttentionBlocks:
+        """L and V exchanged: the vision side of a loss is its language side on swapped blocks."""
+        if self.VL is None:
+            raise ValueError("these blocks have no VL (image-to-text attention), so there is no vision side")
+        allowed = None if self.allowed is None else self.allowed.swap()
+        return AttentionBlocks(
+            self.VV, self.VL, self.LV, self.LL, self.image_mask, self.text_mask, allowed, self.padded
+        )
+
+    def with_heads(self) -> AttentionBlocks:
+        """The same blocks with a head axis, in 4-D."""
+        if self.LL.dim() == 4:
+            return self
+        VL = None if self.VL is None else self.VL[:, None]
+        return replace(self, LL=self.LL[:, None], LV=self.LV[:, None], VL=VL, VV=self.VV[:, None])
+
+    @staticmethod
+    def from_streams(
+        *,
+        LL: Tensor | ScoreSource,
+        LV: Tensor | ScoreSource,
+        VV: Tensor | ScoreSource,
+        VL: Tensor | ScoreSource | None = None,
+        text_mask: Tensor | None = None,
+        image_mask: Tensor | None = None,
+    ) -> AttentionBlocks:
+        """Blocks of a dual-stream model, whose four maps come from different layers.
+
+        Args:
+            LL: text self-attention, pre-softmax scores or a captured layer, `(batch, heads, N, N)` or `(batch, N, N)`.
+            LV: text queries on image keys, `(..., N, M)`.
+            VV: image self-attention, `(..., M, M)`.
+            VL: image queries on text keys, `(..., M, N)`; without it only `direction="language"` has a meaning.
+            text_mask: `(batch, N)`, True or 1 at real text tokens; None: those that a captured LL allows, else all.
+            image_mask: `(batch, M)`, True or 1 at real image tokens; None: those that a captured VV allows, else all.
+
+        Raises:
+            jaxtyping.TypeCheckError: blocks or masks whose sizes don't fit each other.
+            ValueError: tensors on several devices.
+
+        Example:
+            >>> S = torch.zeros
+            >>> AttentionBlocks.from_streams(LL=S(1, 2, 2), LV=S(1, 2, 3), VV=S(1, 3, 3)).image_mask.shape
+            torch.Size([1, 3])
+        """
+        scores, pairs = zip(
+            *((None, None) if source is None else _scores_and_pairs(source) for source in (LL, LV, VL, VV)), strict=True
+        )
+        return _join(*scores, text_mask, image_mask, *pairs)
+
+
+Attention = Scores | AttentionBlocks | ScoreSource
+NText = int | Int[Tensor, " batch"] | TokenLayout | None
+
+
+@checked
+def split_attention(
+    S: Scores, n_text: int | Int[Tensor, " batch"] | TokenLayout, *, mask: Mask | None = None
+) -> AttentionBlocks:
+    """Cut one layer's scores into the blocks LL, LV, VL, VV (Eq. 2).
+
+    One boundary for the whole batch gives views of S, no copy. A ragged or interleaved layout is gathered, padded to
+    the longest text and the longest image, without a loop over samples.
+
+    Args:
+        S: pre-softmax scores, `(batch, heads, length, length)` or `(batch, length, length)`; rows are queries.
+        n_text: text first, then image: one boundary, or `(batch,)`, one a sample; or a `TokenLayout`.
+        mask: `(batch, length)`, True or 1 at real tokens; or which pairs may attend, bool, `(batch, length, length)`
+            or broadcastable to `(batch, heads, length, length)`. A token that no query may attend to is not real.
+
+    Returns:
+        `AttentionBlocks`, 3-D where S is.
+
+    Raises:
+        jaxtyping.TypeCheckError: S not square, of another rank or not floating point; n_text a float or of another
+            length than the batch; a mask of another shape.
+        ValueError: a boundary outside 0..length, a layout of another batch or length, tensors on several devices.
+
+    Source:
+        CACR (Pandey et al., ACL 2023), Eq. 2.
+
+    Example:
+        >>> blocks = split_attention(torch.arange(9.0).view(1, 3, 3), n_text=1)
+        >>> blocks.LV.tolist(), blocks.VV.tolist()
+        ([[[1.0, 2.0]]], [[[4.0, 5.0], [7.0, 8.0]]])
+    """
+    batch, length = S.shape[0], S.shape[-1]
+    where = n_text.text if isinstance(n_text, TokenLayout) else None if isinstance(n_text, int) else n_text
+    same_device(S=S, mask=mask, n_text=where)
+    tokens, pairs = _tokens_and_pairs(mask, length)
+    if isinstance(n_text, int):
+        check_boundary(n_text, length)
+        real = torch.ones((), dtype=torch.bool, device=S.device).expand(batch, length)
+        real = real if tokens is None else tokens.expand(batch, length)
+        masks = real[:, :n_text], real[:, n_text:]
+        allowed = None if pairs is None else _cut(pairs, n_text)
+        return AttentionBlocks(*_cut(S, n_text), *masks, allowed, padded=tokens is not None)
+    if isinstance(n_text, Tensor):
+        n_text = TokenLayout.from_n_text(n_text, length, mask=None if tokens is None else tokens.expand(batch, length))
+    elif n_text.text.shape[0] not in (1, batch) or n_text.text.shape[1] != length:
+        raise ValueError(
+            f"the layout is for (batch, length) = {tuple(n_text.text.shape)}, the scores have {(batch, length)}: "
+            "make it for the joint sequence that the layer attends over"
+        )
+    text, image = (part if tokens is None else part & tokens for part in (n_text.text, n_text.image))
+    text_index, text_mask = _positions(text.expand(batch, length), n_text.max_text)
+    image_index, image_mask = _positions(image.expand(batch, length), n_text.max_image)
+    allowed = None if pairs is None else _gather(pairs.expand(batch, -1, length, length), text_index, image_index)
+    return AttentionBlocks(*_gather(S, text_index, image_index), text_mask, image_mask, allowed)
+
+
+def as_blocks(
+    attention: Tensor | AttentionBlocks | ScoreSource, n_text: int | Tensor | TokenLayout | None, mask: Tensor | None
+) -> AttentionBlocks:
+    """4-D blocks from whatever a loss was given."""
+    if isinstance(attention, AttentionBlocks):
+        if n_text is not None or mask is not None:
+            raise ValueError("AttentionBlocks carry their own boundary and masks: leave n_text and mask out")
+        return attention.with_heads()
+    if n_text is None:
+        raise ValueError("n_text is missing: pass the number of text tokens (int or tensor) or a TokenLayout")
+    scores, pairs = _scores_and_pairs(attention)
+    if pairs is not None:
+        # The layer's own pairs and the caller's mask: an entry counts where both say so.
+        mask = pairs if mask is None else pairs & _four_d(mask)
+    return split_attention(scores, n_text, mask=mask).with_heads()
+
+
+def _scores_and_pairs(source: Tensor | ScoreSource) -> tuple[Tensor, Tensor | None]:
+    return (source, None) if isinstance(source, Tensor) else (source.scores, source.allowed)
+
+
+def _four_d(mask: Tensor) -> Tensor:
+    """A mask of tokens or pairs as `(batch, heads, queries, keys)`."""
+    mask = mask.bool()
+    return mask[:, None, None] if mask.dim() == 2 else mask[:, None] if mask.dim() == 3 else mask
+
+
+def _tokens_and_pairs(mask: Tensor | None, length: int) -> tuple[Tensor | None, Tensor | None]:
+    """`(batch or 1, length)` real tokens, and the pairs where they say more than the tokens do."""
+    if mask is None:
+        return None, None
+    pairs = _four_d(mask)
+    tokens = pairs.any(1).any(1).expand(-1, length)
+    says_more = pairs.shape[1] > 1 or pairs.shape[2] > 1
+    return tokens, pairs.expand(-1, -1, length, length) if says_more else None
+
+
+def _cut(S: Tensor, n: int) -> Quadrants[Tensor]:
+    """Eq. 2 at one boundary: views."""
+    return Quadrants(S[..., :n, :n], S[..., :n, n:], S[..., n:, :n], S[..., n:, n:])
+
+
+def _positions(mask: Tensor, longest: int | None) -> tuple[Tensor, Tensor]:
+    """Where each sample's True positions are, in order, padded to the longest: index and mask, `(batch, longest)`."""
+    index = (~mask).int().argsort(dim=1, stable=True)[:, :longest]
+    return index, mask.gather(1, index)
+
+
+def _gather(S: Tensor, text: Tensor, image: Tensor) -> Quadrants[Tensor]:
+    """Eq. 2 at any positions: one gather for the rows, one for the columns."""
+
+    def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
+        shape = [index.shape[0]] + [1] * (x.dim() - 1)
+        shape[dim] = index.shape[1]
+        return torch.take_along_dim(x, index.view(shape), dim)
+
+    of_text, of_image = take(S, text, -2), take(S, image, -2)
+    LL, LV = take(of_text, text, -1), take(of_text, image, -1)
+    VL, VV = take(of_image, text, -1), take(of_image, image, -1)
+    return Quadrants(LL, LV, VL, VV)
+
+
+@checked
+def _join(
+    LL: Float[Tensor, "batch ... text text"],
+    LV: Float[Tensor, "batch ... text image"],
+    VL: Float[Tensor, "batch ... image text"] | None,
+    VV: Float[Tensor, "batch ... image image"],
+    text_mask: Bool[Tensor, "batch text"] | Int[Tensor, "batch text"] | None,
+    image_mask: Bool[Tensor, "batch image"] | Int[Tensor, "batch image"] | None,
+    *pairs: Bool[Tensor, ...] | None,
+) -> AttentionBlocks:
+    """Blocks from four maps and the pairs that each one's own layer allows."""
+    same_device(LL=LL, LV=LV, VL=VL, VV=VV, text_mask=text_mask, image_mask=image_mask)
+    everything = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=LL.device)
+    LL_pairs, LV_pairs, VL_pairs, VV_pairs = (everything if pair is None else pair for pair in pairs)
+
+    def real(mask: Tensor | None, own: Tensor, block: Tensor) -> Tensor:
+        return mask.bool() if mask is not None else own.any(1).any(1).expand(block.shape[0], block.shape[-1])
+
+    masks = real(text_mask, LL_pairs, LL), real(image_mask, VV_pairs, VV)
+    allowed = None
+    if any(pair is not None for pair in pairs):
+        allowed = Quadrants(LL_pairs, LV_pairs, VL_pairs, VV_pairs)
+    known = text_mask is None and image_mask is None and allowed is None
+    return AttentionBlocks(LL, LV, VL, VV, *masks, allowed, padded=not known)

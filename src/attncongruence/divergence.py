@@ -1,0 +1,70 @@
+"""m-KL, the symmetric divergence of two attention maps (CACR, Eq. 4)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from attncongruence._typing import checked, one_of
+
+
+@checked
+def symmetric_kl(
+    a: Float[Tensor, "*rows columns"],
+    b: Float[Tensor, "*rows columns"],
+    mask: Bool[Tensor, "*#rows #columns"] | None = None,
+    *,
+    reduction: str = "none",
+) -> Float[Tensor, ...]:
+    r"""Symmetric (Jeffreys) KL divergence of two sets of logits, row by row: m-KL, Eq. 4.
+
+    With `P = softmax(a)` and `T = softmax(b)`,
+
+        KL(P || T) + KL(T || P) = sum_j (P_j - T_j) (log P_j - log T_j)
+
+    No term is negative, none takes the log of a probability, and so the value and its gradient are finite wherever
+    the logits are, also where a probability underflows to exactly 0.
+
+    Args:
+        a: logits `(..., columns)` of any finite size; half precision is computed in float32.
+        b: logits of the same shape.
+        mask: bool, broadcastable to the logits; False entries are left out of both softmaxes and of the sum. A row
+            with no entry left has divergence 0.
+        reduction: `"none"` (one value a row), `"sum"` or `"mean"` over all rows, rows with no entry left included.
+
+    Returns:
+        Divergence in nats, >= 0: shape `(...)` for `"none"`, a scalar otherwise. 0 if and only if P = T.
+
+    Raises:
+        jaxtyping.TypeCheckError: shapes that differ, integer logits.
+        ValueError: an unknown reduction.
+
+    Source:
+        CACR (Pandey et al., ACL 2023), Eq. 4.
+
+    Example:
+        P = (1/4, 3/4) against T = (1/2, 1/2): (-1/4) log(1/2) + (1/4) log(3/2) = log(3) / 4.
+
+        >>> symmetric_kl(torch.tensor([0.0, 1.0986123]), torch.zeros(2))
+        tensor(0.2747)
+    """
+    one_of("reduction", reduction, ("none", "sum", "mean"))
+    a, b = at_least_float32(a), at_least_float32(b)
+    if mask is not None:
+        # A fill that softmax sends to 0 and that is finite, so that a row with nothing left gives no NaN.
+        a, b = (x.masked_fill(~mask, torch.finfo(x.dtype).min / 2) for x in (a, b))
+    log_p, log_t = a.log_softmax(-1), b.log_softmax(-1)
+    # Eq. 4: (P_j - T_j) (log P_j - log T_j)
+    terms = (log_p.exp() - log_t.exp()) * (log_p - log_t)
+    if mask is not None:
+        terms = terms.masked_fill(~mask, 0.0)
+    rows = terms.sum(-1)
+    if reduction == "none":
+        return rows
+    return rows.sum() if reduction == "sum" else rows.mean()
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision in float32; float32 and float64 as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

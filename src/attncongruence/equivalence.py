@@ -1,0 +1,110 @@
+"""From blocks to maps, and E: which image tokens stand for each text token (DESIGN: one formula for all).
+
+Everything here is written for the language side. The vision side is the same on `blocks.swap()`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from attncongruence.blocks import AttentionBlocks, Quadrants
+from attncongruence.conventions import Convention
+from attncongruence.divergence import at_least_float32
+
+Masks = Quadrants[Tensor | None]
+
+
+def entries(blocks: AttentionBlocks) -> Masks:
+    """Which entries of each block count, bool, broadcastable to the blocks; None: all of them.
+
+    Left out are padding, disallowed pairs, and samples without text or without image.
+    """
+    if not blocks.padded and blocks.allowed is None:
+        return Quadrants(None, None, None, None)
+    both = blocks.text_mask.any(-1, keepdim=True) & blocks.image_mask.any(-1, keepdim=True)
+    text, image = blocks.text_mask & both, blocks.image_mask & both
+    LL, LV, VL, VV = _outer(text, text), _outer(text, image), _outer(image, text), _outer(image, image)
+    if blocks.allowed is None:
+        return Quadrants(LL, LV, VL, VV)
+    return Quadrants(*(mask & pairs for mask, pairs in zip((LL, LV, VL, VV), blocks.allowed, strict=True)))
+
+
+def _outer(rows: Tensor, columns: Tensor) -> Tensor:
+    return rows[:, None, :, None] & columns[:, None, None, :]
+
+
+def without_unmatched(masks: Masks) -> Tensor | None:
+    """The entries of LL between tokens that may attend to the other modality: the others have no counterpart."""
+    if masks.LL is None or masks.LV is None:
+        return None
+    matched = masks.LV.any(-1)
+    return masks.LL & matched[..., :, None] & matched[..., None, :]
+
+
+def attention_map(block: Tensor, mask: Tensor | None, convention: Convention) -> Tensor:
+    """A block in the convention's form, `(batch, heads or 1, rows, columns)`; entries that don't count are 0."""
+    block = at_least_float32(block)
+    if convention.blocks == "probabilities":
+        block = fill(block, mask, torch.finfo(block.dtype).min / 2).softmax(-1)
+    block = fill(block, mask, 0.0)
+    # mean_h softmax(S_h), or the heads as they are
+    return block.mean(1, keepdim=True) if convention.heads == "mean_map" else block
+
+
+def log_attention_map(block: Tensor, mask: Tensor | None, convention: Convention) -> Tensor:
+    """Logarithm of `attention_map` of probabilities, finite also where a probability underflows to 0."""
+    block = at_least_float32(block)
+    log_map = fill(block, mask, torch.finfo(block.dtype).min / 2).log_softmax(-1)
+    if convention.heads == "mean_map":
+        # log mean_h exp(log softmax(S_h))
+        log_map = log_map.logsumexp(1, keepdim=True) - math.log(block.shape[1])
+    return log_map
+
+
+def equivalence(LV: Tensor, mask: Tensor | None, convention: Convention) -> Tensor:
+    """E of CACR from a map of text on image: `(batch, heads, N, M)`, entries that don't count 0."""
+    E = LV
+    if convention.equivalence == "softmax":
+        # E = softmax(LV / tau)
+        E = fill(LV / convention.temperature, mask, torch.finfo(LV.dtype).min / 2).softmax(-1)
+    E = fill(E, mask, 0.0)
+    return E.detach() if convention.detach_equivalence else E
+
+
+def project(E: Tensor, VV: Tensor) -> Tensor:
+    """The vision attention seen in the language basis, `(batch, heads, N, N)`: Eq. 3 and 5, Algorithm 1."""
+    # R = E VV E^T
+    return E @ VV @ E.mT
+
+
+def project_singular(LV: Tensor, VV: Tensor, masks: Masks) -> tuple[Tensor, Tensor | None]:
+    """`project` for E = one_hot(argmax LV), by a gather: IAIS's singular alignment.
+
+    Returns:
+        R, `(batch, heads, N, N)`, and which of its entries count: those whose image pair may attend.
+    """
+    best, index = fill(LV, masks.LV, -torch.inf).detach().max(-1)
+
+    def pick(x: Tensor) -> Tensor:
+        rows = torch.take_along_dim(x, index[..., :, None], -2)
+        return torch.take_along_dim(rows, index[..., None, :], -1)
+
+    # R[i, j] = VV[argmax_k LV[i, k], argmax_p LV[j, p]]
+    R = pick(VV)
+    if masks.LL is None or masks.LV is None or masks.VV is None:
+        return R + _nan_only(best), None
+    counted = masks.LL & pick(masks.VV.expand(R.shape[0], -1, *VV.shape[-2:]))
+    return R + _nan_only(fill(best, masks.LV.any(-1), 0.0)), counted
+
+
+def _nan_only(best: Tensor) -> Tensor:
+    """NaN for rows that hold a NaN, else 0: such a row has no argmax, and must not pass for one that has."""
+    return (best * 0)[..., None]
+
+
+def fill(x: Tensor, mask: Tensor | None, value: float) -> Tensor:
+    """`x` where the mask holds, the value elsewhere: NaN and infinities there pass on neither value nor gradient."""
+    return x if mask is None else x.masked_fill(~mask, value)

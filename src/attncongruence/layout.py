@@ -1,0 +1,180 @@
+"""Which positions of a joint sequence are text and which are image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from attncongruence._typing import checked, same_device
+
+Tokens = Bool[Tensor, "batch length"] | Int[Tensor, "batch length"]
+"""A mask of positions as tokenizers give it: bool, or int with 0 for padding."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenLayout:
+    """Text and image positions of a batch, in any order, interleaved or with special tokens left out.
+
+    Positions that are neither (padding, `[CLS]`, `[SEP]`) are ignored by every loss. Making a layout costs one device
+    synchronisation, which finds the longest text and the longest image; nothing after it needs one.
+
+    Args:
+        text: `(batch, length)` bool, True at text tokens. A batch of one row serves every sample.
+        image: `(batch, length)` bool, True at image tokens.
+        max_text: tokens of the longest text, if known: saves the synchronisation (and is then trusted).
+        max_image: tokens of the longest image, likewise.
+
+    Raises:
+        jaxtyping.TypeCheckError: masks that are not bool or differ in shape.
+        ValueError: a position that is both text and image, or masks on two devices.
+
+    Example:
+        >>> layout = TokenLayout.from_n_text(torch.tensor([2, 1]), length=4)
+        >>> layout.text.int().tolist(), layout.max_image
+        ([[1, 1, 0, 0], [1, 0, 0, 0]], 3)
+    """
+
+    text: Bool[Tensor, "batch length"]
+    image: Bool[Tensor, "batch length"]
+    max_text: int | None = field(default=None, kw_only=True)
+    max_image: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _same_shape(self.text, self.image)
+        same_device(text=self.text, image=self.image)
+        if self.max_text is not None and self.max_image is not None:
+            return
+        longest_text = longest_image = self.text.shape[1]
+        # A compiled graph cannot wait for the longest row: there every block keeps the full length.
+        if not torch.compiler.is_compiling() and self.text.numel():
+            counts = torch.stack([self.text.sum(1).max(), self.image.sum(1).max(), (self.text & self.image).sum()])
+            longest_text, longest_image, overlap = counts.tolist()
+            if overlap:
+                raise ValueError(
+                    f"text and image masks overlap at {overlap} position(s): a position is text, image or neither"
+                )
+        object.__setattr__(self, "max_text", longest_text)
+        object.__setattr__(self, "max_image", longest_image)
+
+    @classmethod
+    @checked
+    def from_n_text(
+        cls, n_text: int | Int[Tensor, " batch"], length: int | None = None, *, mask: Tokens | None = None
+    ) -> TokenLayout:
+        """Text first, then image: the first `n_text` positions are text, the rest image.
+
+        Args:
+            n_text: one boundary for all, or `(batch,)`, one for each sample; 0 to `length`.
+            length: length of the joint sequence; may be left out where `mask` gives it.
+            mask: `(batch, length)`, True or 1 at real tokens; the others are ignored.
+
+        Raises:
+            ValueError: neither `length` nor `mask`, or a boundary outside 0..length.
+        """
+        if mask is not None:
+            if length not in (None, mask.shape[1]):
+                raise ValueError(f"length={length}, but mask has {mask.shape[1]} positions: leave length out")
+            length = mask.shape[1]
+        if length is None:
+            raise ValueError("from_n_text needs the length of the joint sequence: pass length= or mask=")
+        boundary = torch.as_tensor(n_text, device=None if mask is None else mask.device).reshape(-1, 1)
+        if isinstance(n_text, Tensor):
+            same_device(n_text=n_text, mask=mask)
+            boundary = n_text[:, None]
+        text = torch.arange(length, device=boundary.device) < boundary
+        real = torch.ones_like(text) if mask is None else mask.bool()
+        text, image = torch.broadcast_tensors(text & real, ~text & real)
+        if torch.compiler.is_compiling() or not text.numel():
+            return cls(text, image, max_text=length, max_image=length)
+        ends = torch.stack([boundary.min(), boundary.max(), text.sum(1).max(), image.sum(1).max()])
+        low, high, max_text, max_image = ends.tolist()
+        check_boundary(low if low < 0 else high, length)
+        return cls(text, image, max_text=max_text, max_image=max_image)
+
+    @classmethod
+    @checked
+    def from_segments(
+        cls, text: Tokens, image: Bool[Tensor, "batch image"] | Int[Tensor, "batch image"]
+    ) -> TokenLayout:
+        """Two padded segments, text first: each mask speaks of its own segment, as in ViLT and VisualBERT.
+
+        Args:
+            text: `(batch, n_text)`, True or 1 at the text tokens to use.
+            image: `(batch, n_image)`, True or 1 at the image tokens to use.
+        """
+        same_device(text=text, image=image)
+        text, image = text.bool(), image.bool()
+        return cls(
+            torch.cat([text, torch.zeros_like(image)], 1),
+            torch.cat([torch.zeros_like(text), image], 1),
+        )
+
+    @classmethod
+    @checked
+    def from_token_type_ids(
+        cls, token_type_ids: Int[Tensor, "batch length"], attention_mask: Tokens | None = None, *, image_type: int = 1
+    ) -> TokenLayout:
+        """Image where the token type is `image_type`, text where it is anything else (VisualBERT: 1 is image).
+
+        Args:
+            token_type_ids: `(batch, length)` integer types of the joint sequence.
+            attention_mask: `(batch, length)`, True or 1 at real tokens.
+            image_type: the type of image tokens (PaliGemma: 0).
+        """
+        same_device(token_type_ids=token_type_ids, attention_mask=attention_mask)
+        return cls._from_image(token_type_ids == image_type, attention_mask)
+
+    @classmethod
+    @checked
+    def from_input_ids(
+        cls, input_ids: Int[Tensor, "batch length"], image_token_id: int, attention_mask: Tokens | None = None
+    ) -> TokenLayout:
+        """Image where `input_ids` holds the image placeholder, text elsewhere: LLaVA-style interleaved sequences.
+
+        Args:
+            input_ids: `(batch, length)` token ids, one placeholder for each image token.
+            image_token_id: the placeholder's id.
+            attention_mask: `(batch, length)`, True or 1 at real tokens.
+        """
+        same_device(input_ids=input_ids, attention_mask=attention_mask)
+        return cls._from_image(input_ids == image_token_id, attention_mask)
+
+    @classmethod
+    def _from_image(cls, image: Tensor, mask: Tensor | None) -> TokenLayout:
+        real = torch.ones_like(image) if mask is None else mask.bool()
+        return cls(~image & real, image & real)
+
+    @checked
+    def without(self, special: Tokens) -> TokenLayout:
+        """The same layout with some positions left out, for instance a tokenizer's `special_tokens_mask`.
+
+        Args:
+            special: `(batch, length)`, True or 1 at the positions to ignore.
+        """
+        same_device(layout=self.text, special=special)
+        keep = ~special.bool()
+        return TokenLayout(self.text & keep, self.image & keep)
+
+    def __getitem__(self, samples: slice | Tensor | list[int]) -> TokenLayout:
+        """The layout of some samples: `layout[positives]`."""
+        return TokenLayout(self.text[samples], self.image[samples])
+
+    def to(self, device: torch.device | str) -> TokenLayout:
+        """The same layout on another device."""
+        return TokenLayout(
+            self.text.to(device), self.image.to(device), max_text=self.max_text, max_image=self.max_image
+        )
+
+
+def check_boundary(n_text: int, length: int) -> None:
+    """Raise a ValueError unless the boundary lies in the sequence."""
+    if not 0 <= n_text <= length:
+        raise ValueError(f"n_text={n_text} is out of range: a sequence of {length} positions allows 0 to {length}")
+
+
+@checked
+def _same_shape(text: Bool[Tensor, "batch length"], image: Bool[Tensor, "batch length"]) -> None:
+    """Hold both masks to one shape."""

@@ -1,0 +1,194 @@
+"""The congruence losses: CACR (soft equivalence) and IAIS (hard and distributed), batched and masked."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from attncongruence._typing import Alignment, Direction, Impl, Reduction, checked, one_of
+from attncongruence.blocks import Attention, Mask, NText, Quadrants
+from attncongruence.conventions import RELEASED, Convention
+from attncongruence.divergence import symmetric_kl
+from attncongruence.equivalence import Masks, equivalence, fill, project, project_singular
+from attncongruence.sides import Side, loss_of
+
+
+@checked
+def cacr_loss(
+    attention: Attention,
+    n_text: NText = None,
+    *,
+    mask: Mask | None = None,
+    convention: Convention = RELEASED,
+    direction: Direction = "both",
+    reduction: Reduction = "mean",
+    impl: Impl = "auto",
+) -> Float[Tensor, ...]:
+    r"""Cross-modal attention congruence: m-KL(sigma(E VV E^T), sigma(LL)), and likewise for vision (Eq. 3 to 6).
+
+    The attention among image tokens is carried over to the text tokens by E, the text-to-image attention as a change
+    of basis, and held against the attention among text tokens.
+
+    Args:
+        attention: one layer's pre-softmax scores, `(batch, heads, length, length)` or `(batch, length, length)`, a
+            captured layer, or `AttentionBlocks`. For `RELEASED`, `probs.log()` will do instead of scores.
+        n_text: number of text tokens, which come first, as an int or `(batch,)`; or a `TokenLayout`. Left out for
+            `AttentionBlocks` alone.
+        mask: `(batch, length)`, True or 1 at real tokens; or which pairs may attend, bool, `(batch, length, length)`
+            or broadcastable to `(batch, heads, length, length)`.
+        convention: which of the published definitions: `RELEASED`, `PRINTED`, `WEIGHTED_MEAN`, or your own.
+        direction: `"language"` (LL against the projected VV), `"vision"` (VV against the projected LL), or their sum.
+        reduction: over the batch: `"mean"` of the samples that have both modalities, `"sum"`, or `"none"`.
+        impl: `"dense"`, or `"auto"`, which chooses.
+
+    Returns:
+        The loss in nats, >= 0: a scalar, or `(batch,)` for `"none"`. A sample without text or without image is
+        exactly 0 and passes no gradient. Computed in float32 for half precision, also under autocast.
+
+    Raises:
+        jaxtyping.TypeCheckError: scores not square or not floating point, masks or n_text of another shape or dtype.
+        ValueError: an unknown option, a boundary out of range, a layout of another size, tensors on several devices,
+            a direction whose cross-modal block does not exist (causal decoders, blocks without VL).
+
+    Source:
+        CACR (Pandey et al., ACL 2023), Eq. 3 to 6 and Algorithm 1; `docs/paper-map.md`.
+
+    Example:
+        Two text tokens look at one image token, so E is a column of ones, R is constant and sigma(R) = (1/2, 1/2). With
+        LL = (log 3, 0) in both rows, m-KL of (1/2, 1/2) and (3/4, 1/4) is log(3) / 4.
+
+        >>> S = torch.zeros(1, 3, 3)
+        >>> S[0, :2, 0] = torch.tensor(3.0).log()
+        >>> cacr_loss(S, n_text=2, convention=WEIGHTED_MEAN, direction="language")
+        tensor(0.2747)
+    """
+
+    def rows(maps: Quadrants[Tensor], target: Tensor, masks: Masks) -> Tensor:
+        # m-KL(sigma(E VV E^T), sigma(LL))
+        return symmetric_kl(project(equivalence(maps.LV, masks.LV, convention), maps.VV), target, masks.LL)
+
+    side = Side(rows, convention, softmax_target=convention.target_softmax)
+    return loss_of(attention, n_text, mask, side, direction, reduction, impl)
+
+
+@checked
+def iais_loss(
+    attention: Attention,
+    n_text: NText = None,
+    *,
+    mask: Mask | None = None,
+    alignment: Alignment = "singular",
+    convention: Convention = RELEASED,
+    direction: Direction = "both",
+    reduction: Reduction = "mean",
+    impl: Impl = "auto",
+) -> Float[Tensor, ...]:
+    """Intra-modal self-attention distance with hard or distributed alignment (IAIS): CACR's ancestor.
+
+    `"singular"`: each text token is stood for by the one image token that it attends to most, so that
+    `R[i, j] = VV[argmax LV[i], argmax LV[j]]` and the loss is m-KL(sigma(R), A_LL). `"distributed"`: the text
+    attention is held against the way through the image and back, m-KL(A_LL, A_LV A_VL), with an epsilon inside the
+    logarithms; defined for conventions on probabilities alone.
+
+    Args:
+        attention: as for `cacr_loss`, and so are all other arguments but
+        alignment: `"singular"` or `"distributed"`.
+
+    Returns:
+        The loss in nats, a scalar, or `(batch,)` for `reduction="none"`; >= 0 for `"singular"`. The distributed loss
+        can fall below 0 by as much as epsilon times the number of columns.
+
+    Raises:
+        jaxtyping.TypeCheckError, ValueError: as `cacr_loss`, and for distributed alignment on raw scores.
+
+    Source:
+        IAIS (Ren et al., ACL 2021), Section 3 and released code; `docs/paper-map.md`.
+
+    Example:
+        As in `cacr_loss`: one image token, so sigma(R) = (1/2, 1/2), and the target is A_LL = (3/4, 1/4) itself.
+
+        >>> S = torch.zeros(1, 3, 3)
+        >>> S[0, :2, 0] = torch.tensor(3.0).log()
+        >>> iais_loss(S, n_text=2, direction="language")
+        tensor(0.2747)
+    """
+    one_of("alignment", alignment, ("singular", "distributed"))
+    if alignment == "distributed" and convention.blocks != "probabilities":
+        raise ValueError(
+            "alignment='distributed' is not defined on raw scores: use a convention with blocks='probabilities', "
+            "such as RELEASED, or alignment='singular'"
+        )
+
+    def singular(maps: Quadrants[Tensor], target: Tensor, masks: Masks) -> Tensor:
+        R, counted = project_singular(maps.LV, maps.VV, masks)
+        return symmetric_kl(R, target, counted)
+
+    def distributed(maps: Quadrants[Tensor], target: Tensor, masks: Masks) -> Tensor:
+        # P = A_LV A_VL against T = A_LL
+        P, T = fill(maps.LV @ maps.VL, masks.LL, 0.0), fill(target, masks.LL, 0.0)
+        # P log(P / (T + eps)) + T log(T / (P + eps)); the floor keeps the gradient of P log P finite at P = 0
+        log_P, log_T = (x.clamp_min(torch.finfo(x.dtype).tiny).log() for x in (P, T))
+        eps = convention.epsilon
+        return (P * (log_P - (T + eps).log()) + T * (log_T - (P + eps).log())).sum(-1)
+
+    if alignment == "singular":
+        side = Side(singular, convention, softmax_target=convention.iais_target_softmax)
+    else:
+        side = Side(distributed, convention, softmax_target=True, there_and_back=True)
+    return loss_of(attention, n_text, mask, side, direction, reduction, impl)
+
+
+class CACRLoss(nn.Module):
+    """`cacr_loss` as a module, for frameworks that want one; options as there."""
+
+    def __init__(
+        self, convention: Convention = RELEASED, direction: Direction = "both", reduction: Reduction = "mean"
+    ) -> None:
+        super().__init__()
+        self.convention, self.direction, self.reduction = convention, direction, reduction
+
+    def forward(self, attention: Attention, n_text: NText = None, mask: Mask | None = None) -> Tensor:
+        """`cacr_loss(attention, n_text, mask=mask)` with the module's options."""
+        return cacr_loss(
+            attention,
+            n_text,
+            mask=mask,
+            convention=self.convention,
+            direction=self.direction,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        """The options, for printing."""
+        return f"direction={self.direction!r}, reduction={self.reduction!r}, convention={self.convention}"
+
+
+class IAISLoss(CACRLoss):
+    """`iais_loss` as a module; options as there."""
+
+    def __init__(
+        self,
+        alignment: Alignment = "singular",
+        convention: Convention = RELEASED,
+        direction: Direction = "both",
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__(convention, direction, reduction)
+        self.alignment = alignment
+
+    def forward(self, attention: Attention, n_text: NText = None, mask: Mask | None = None) -> Tensor:
+        """`iais_loss(attention, n_text, mask=mask)` with the module's options."""
+        return iais_loss(
+            attention,
+            n_text,
+            mask=mask,
+            alignment=self.alignment,
+            convention=self.convention,
+            direction=self.direction,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        """The options, for printing."""
+        return f"alignment={self.alignment!r}, {super().extra_repr()}"

@@ -1,0 +1,190 @@
+"""The oracles: Algorithm 1 of CACR and its hard-aligned ancestor, literal loops over (sample, head, i, j).
+
+Slow on purpose, and written apart from the fast code: nothing of `losses`, `equivalence` or `divergence` is used here.
+Each sample is cut to its own tokens first, so there is no mask below but which pairs may attend. Gradients flow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from attncongruence._typing import Alignment, Direction, Reduction, checked
+from attncongruence.blocks import Attention, AttentionBlocks, Mask, NText, as_blocks
+from attncongruence.conventions import RELEASED, Convention
+
+Maps = dict[str, Tensor]
+
+
+@checked
+def soft_equivalence_loop(
+    attention: Attention,
+    n_text: NText = None,
+    *,
+    mask: Mask | None = None,
+    convention: Convention = RELEASED,
+    direction: Direction = "both",
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """CACR by Algorithm 1: same arguments and result as `cacr_loss`, one entry of R after the other.
+
+    Source:
+        CACR (Pandey et al., ACL 2023), Algorithm 1: for each pair (i, j) of text tokens, the mean of VV with weights
+        E[i] (outer) E[j]; then m-KL (Eq. 4), row by row.
+    """
+
+    def rows(maps: Maps, pairs: Maps, log_LL: Tensor) -> list[Tensor]:
+        E = maps["LV"]
+        if convention.equivalence == "softmax":
+            E = _each_row(E / convention.temperature, pairs["LV"], torch.softmax)
+        E = E.detach() if convention.detach_equivalence else E
+        VV = maps["VV"]
+        N = range(E.shape[0])
+        # R[i, j] = sum_kp E[i, k] E[j, p] VV[k, p]
+        R = [[(E[i][:, None] * E[j][None, :] * VV).sum() for j in N] for i in N]
+        target = maps["LL"] if convention.target_softmax else log_LL
+        return [_m_kl(torch.stack(R[i]), target[i], pairs["LL"][i]) for i in N]
+
+    return _loop(attention, n_text, mask, convention, direction, reduction, rows)
+
+
+@checked
+def hard_equivalence_loop(
+    attention: Attention,
+    n_text: NText = None,
+    *,
+    mask: Mask | None = None,
+    alignment: Alignment = "singular",
+    convention: Convention = RELEASED,
+    direction: Direction = "both",
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """IAIS entry by entry: same arguments and result as `iais_loss`.
+
+    Source:
+        IAIS (Ren et al., ACL 2021), Section 3, and its released code.
+    """
+
+    def singular(maps: Maps, pairs: Maps, log_LL: Tensor) -> list[Tensor]:
+        N, losses = range(maps["LV"].shape[0]), []
+        best = [
+            int(maps["LV"][i].masked_fill(~pairs["LV"][i], -torch.inf).argmax()) if pairs["LV"][i].any() else 0
+            for i in N
+        ]
+        for i in N:
+            R = torch.stack([maps["VV"][best[i], best[j]] for j in N])
+            counted = torch.stack([pairs["LL"][i, j] & pairs["VV"][best[i], best[j]] for j in N])
+            target = maps["LL"] if convention.iais_target_softmax else log_LL
+            losses.append(_m_kl(R, target[i], counted))
+        return losses
+
+    def distributed(maps: Maps, pairs: Maps, log_LL: Tensor) -> list[Tensor]:
+        N, eps, losses = range(maps["LV"].shape[0]), convention.epsilon, []
+        for i in N:
+            loss = maps["LL"].new_zeros(())
+            for j in N:
+                if pairs["LL"][i, j]:
+                    p, t = (maps["LV"][i] * maps["VL"][:, j]).sum(), maps["LL"][i, j]
+                    loss = loss + torch.xlogy(p, p) - p * (t + eps).log() + torch.xlogy(t, t) - t * (p + eps).log()
+            losses.append(loss)
+        return losses
+
+    rows = singular if alignment == "singular" else distributed
+    return _loop(attention, n_text, mask, convention, direction, reduction, rows)
+
+
+def _loop(
+    attention: Attention,
+    n_text: NText,
+    mask: Tensor | None,
+    convention: Convention,
+    direction: str,
+    reduction: str,
+    rows: Callable[[Maps, Maps, Tensor], list[Tensor]],
+) -> Tensor:
+    """Loop over samples and directions, cut each sample to its own tokens, and reduce."""
+    blocks = as_blocks(attention, n_text, mask)
+    losses, present = [], 0
+    for sample in range(blocks.LL.shape[0]):
+        text, image = (m[sample].nonzero()[:, 0] for m in (blocks.text_mask, blocks.image_mask))
+        loss = blocks.LL.new_zeros(())
+        if len(text) and len(image):
+            present += 1
+            scores, pairs = _sample(blocks, sample, {"L": text, "V": image})
+            if direction in ("both", "language"):
+                loss = loss + _one_side(scores, pairs, convention, rows)
+            if direction in ("both", "vision"):
+                loss = loss + _one_side(_swapped(scores), _swapped(pairs), convention, rows)
+        losses.append(loss)
+    each = torch.stack(losses)
+    return {"none": each, "sum": each.sum(), "mean": each.sum() / max(present, 1)}[reduction]
+
+
+def _sample(blocks: AttentionBlocks, sample: int, tokens: dict[str, Tensor]) -> tuple[Maps, Maps]:
+    """One sample's blocks and pairs, `(heads, ., .)`, cut to its own tokens."""
+    scores, pairs = {}, {}
+    for name in ("LL", "LV", "VL", "VV"):
+        block = getattr(blocks, name)
+        if block is None:
+            continue
+        rows, columns = tokens[name[0]], tokens[name[1]]
+        allowed = torch.ones_like(block, dtype=torch.bool)
+        if blocks.allowed is not None:
+            allowed = allowed & getattr(blocks.allowed, name)
+        scores[name] = block[sample][:, rows][:, :, columns]
+        pairs[name] = allowed[sample][:, rows][:, :, columns]
+    return scores, pairs
+
+
+def _swapped(maps: Maps) -> Maps:
+    """L and V exchanged."""
+    return {name.translate(str.maketrans("LV", "VL")): block for name, block in maps.items()}
+
+
+def _one_side(
+    scores: Maps, pairs: Maps, convention: Convention, rows: Callable[[Maps, Maps, Tensor], list[Tensor]]
+) -> Tensor:
+    """The language side of one sample, averaged over its heads or on the mean of its maps."""
+    heads = range(scores["LL"].shape[0])
+    maps: list[Maps] = [{name: _map(scores[name][h], pairs[name][h], convention) for name in scores} for h in heads]
+    each_pairs: list[Maps] = [{name: pairs[name][h] for name in pairs} for h in heads]
+    if convention.heads == "mean_map":
+        maps = [{name: torch.stack([m[name] for m in maps]).mean(0) for name in scores}]
+        each_pairs = [{name: pairs[name].any(0) for name in pairs}]
+    losses = []
+    for h, (own_maps, own_pairs) in enumerate(zip(maps, each_pairs, strict=True)):
+        averaged = heads if convention.heads == "mean_map" else [h]
+        per_head = [_each_row(scores["LL"][k], pairs["LL"][k], torch.log_softmax) for k in averaged]
+        log_LL = torch.stack(per_head).logsumexp(0) - math.log(len(per_head))
+        # A token that may attend to none of the other modality has no counterpart.
+        matched = own_pairs["LV"].any(-1)
+        own_pairs = own_pairs | {"LL": own_pairs["LL"] & matched[:, None] & matched[None, :]}
+        row_losses = torch.stack(rows(own_maps, own_pairs, log_LL))
+        counted = int(own_pairs["LL"].any(-1).sum())
+        losses.append(row_losses.sum() / (max(counted, 1) if convention.rows == "mean" else 1))
+    return torch.stack(losses).mean()
+
+
+def _map(block: Tensor, pairs: Tensor, convention: Convention) -> Tensor:
+    """One head's block in the convention's form; 0 where no pair may attend."""
+    if convention.blocks == "probabilities":
+        return _each_row(block, pairs, torch.softmax)
+    return torch.where(pairs, block, 0.0)
+
+
+def _each_row(block: Tensor, pairs: Tensor, normalise: Callable[..., Tensor]) -> Tensor:
+    """Softmax or log-softmax of each row over the pairs that may attend; 0 at the others."""
+    result = torch.zeros_like(block)
+    for i in range(block.shape[0]):
+        if pairs[i].any():
+            result[i, pairs[i]] = normalise(block[i, pairs[i]], dim=-1)
+    return result
+
+
+def _m_kl(a: Tensor, b: Tensor, counted: Tensor) -> Tensor:
+    """Eq. 4 for one row of logits, over the entries that count: KL(P || T) + KL(T || P)."""
+    log_p, log_t = (torch.log_softmax(x[counted], -1) for x in (a, b))
+    return (log_p.exp() * (log_p - log_t)).sum() + (log_t.exp() * (log_t - log_p)).sum()
