@@ -57,7 +57,8 @@ def attention_map(block: Tensor, mask: Tensor | None, convention: Convention) ->
 def log_attention_map(block: Tensor, mask: Tensor | None, convention: Convention) -> Tensor:
     """Logarithm of `attention_map` of probabilities, finite also where a probability underflows to 0."""
     block = at_least_float32(block)
-    log_map = fill(block, mask, torch.finfo(block.dtype).min / 2).log_softmax(-1)
+    floor = torch.finfo(block.dtype).min / 2
+    log_map = fill(fill(block, mask, floor).log_softmax(-1), mask, floor)
     if convention.heads == "mean_map":
         # log mean_h exp(log softmax(S_h))
         log_map = log_map.logsumexp(1, keepdim=True) - math.log(block.shape[1])
@@ -93,16 +94,13 @@ def project_singular(LV: Tensor, VV: Tensor, masks: Masks) -> tuple[Tensor, Tens
         return torch.take_along_dim(rows, index[..., None, :], -1)
 
     # R[i, j] = VV[argmax_k LV[i, k], argmax_p LV[j, p]]
-    R = pick(VV)
-    if masks.LL is None or masks.LV is None or masks.VV is None:
-        return R + _nan_only(best), None
-    counted = masks.LL & pick(masks.VV.expand(R.shape[0], -1, *VV.shape[-2:]))
-    return R + _nan_only(fill(best, masks.LV.any(-1), 0.0)), counted
-
-
-def _nan_only(best: Tensor) -> Tensor:
-    """NaN for rows that hold a NaN, else 0: such a row has no argmax, and must not pass for one that has."""
-    return (best * 0)[..., None]
+    R, counted = pick(VV), masks.LL
+    if masks.LL is not None and masks.LV is not None and masks.VV is not None:
+        counted = masks.LL & pick(masks.VV.expand(R.shape[0], -1, *VV.shape[-2:]))
+        best = fill(best, masks.LV.any(-1), 0.0)
+    # A NaN in LV has no argmax, and one in VV may stand where nothing is picked: neither may pass unseen.
+    nan_or_0 = 0 * best[..., None] + 0 * VV.detach().amax((-2, -1), keepdim=True)
+    return R + nan_or_0, counted
 
 
 def fill(x: Tensor, mask: Tensor | None, value: float) -> Tensor:

@@ -6,7 +6,6 @@ Each sample is cut to its own tokens first, so there is no mask below but which 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -36,17 +35,16 @@ def soft_equivalence_loop(
         E[i] (outer) E[j]; then m-KL (Eq. 4), row by row.
     """
 
-    def rows(maps: Maps, pairs: Maps, log_LL: Tensor) -> list[Tensor]:
+    def rows(maps: Maps, pairs: Maps) -> list[Tensor]:
         E = maps["LV"]
         if convention.equivalence == "softmax":
-            E = _each_row(E / convention.temperature, pairs["LV"], torch.softmax)
+            E = _each_row(E / convention.temperature, pairs["LV"])
         E = E.detach() if convention.detach_equivalence else E
         VV = maps["VV"]
         N = range(E.shape[0])
         # R[i, j] = sum_kp E[i, k] E[j, p] VV[k, p]
         R = [[(E[i][:, None] * E[j][None, :] * VV).sum() for j in N] for i in N]
-        target = maps["LL"] if convention.target_softmax else log_LL
-        return [_m_kl(torch.stack(R[i]), target[i], pairs["LL"][i]) for i in N]
+        return [_m_kl(torch.stack(R[i]), maps["LL"][i], pairs["LL"][i], convention.target_softmax) for i in N]
 
     return _loop(attention, n_text, mask, convention, direction, reduction, rows)
 
@@ -68,7 +66,7 @@ def hard_equivalence_loop(
         IAIS (Ren et al., ACL 2021), Section 3, and its released code.
     """
 
-    def singular(maps: Maps, pairs: Maps, log_LL: Tensor) -> list[Tensor]:
+    def singular(maps: Maps, pairs: Maps) -> list[Tensor]:
         N, losses = range(maps["LV"].shape[0]), []
         best = [
             int(maps["LV"][i].masked_fill(~pairs["LV"][i], -torch.inf).argmax()) if pairs["LV"][i].any() else 0
@@ -77,18 +75,19 @@ def hard_equivalence_loop(
         for i in N:
             R = torch.stack([maps["VV"][best[i], best[j]] for j in N])
             counted = torch.stack([pairs["LL"][i, j] & pairs["VV"][best[i], best[j]] for j in N])
-            target = maps["LL"] if convention.iais_target_softmax else log_LL
-            losses.append(_m_kl(R, target[i], counted))
+            losses.append(_m_kl(R, maps["LL"][i], counted, convention.iais_target_softmax))
         return losses
 
-    def distributed(maps: Maps, pairs: Maps, log_LL: Tensor) -> list[Tensor]:
+    def distributed(maps: Maps, pairs: Maps) -> list[Tensor]:
         N, eps, losses = range(maps["LV"].shape[0]), convention.epsilon, []
         for i in N:
             loss = maps["LL"].new_zeros(())
             for j in N:
                 if pairs["LL"][i, j]:
                     p, t = (maps["LV"][i] * maps["VL"][:, j]).sum(), maps["LL"][i, j]
-                    loss = loss + torch.xlogy(p, p) - p * (t + eps).log() + torch.xlogy(t, t) - t * (p + eps).log()
+                    # KL(P || T) + KL(T || P), epsilon inside the second logarithm of each; 0 log 0 = 0
+                    for x, y in ((p, t), (t, p)):
+                        loss = loss + (x * (x.log() - (y + eps).log()) if x > 0 else 0.0)
             losses.append(loss)
         return losses
 
@@ -103,14 +102,14 @@ def _loop(
     convention: Convention,
     direction: str,
     reduction: str,
-    rows: Callable[[Maps, Maps, Tensor], list[Tensor]],
+    rows: Callable[[Maps, Maps], list[Tensor]],
 ) -> Tensor:
     """Loop over samples and directions, cut each sample to its own tokens, and reduce."""
     blocks = as_blocks(attention, n_text, mask)
     losses, present = [], 0
     for sample in range(blocks.LL.shape[0]):
         text, image = (m[sample].nonzero()[:, 0] for m in (blocks.text_mask, blocks.image_mask))
-        loss = blocks.LL.new_zeros(())
+        loss = blocks.LL[sample, :0].sum()  # 0, in the graph also of a batch where nothing is to be done
         if len(text) and len(image):
             present += 1
             scores, pairs = _sample(blocks, sample, {"L": text, "V": image})
@@ -144,25 +143,25 @@ def _swapped(maps: Maps) -> Maps:
     return {name.translate(str.maketrans("LV", "VL")): block for name, block in maps.items()}
 
 
-def _one_side(
-    scores: Maps, pairs: Maps, convention: Convention, rows: Callable[[Maps, Maps, Tensor], list[Tensor]]
-) -> Tensor:
+def _one_side(scores: Maps, pairs: Maps, convention: Convention, rows: Callable[[Maps, Maps], list[Tensor]]) -> Tensor:
     """The language side of one sample, averaged over its heads or on the mean of its maps."""
-    heads = range(scores["LL"].shape[0])
-    maps: list[Maps] = [{name: _map(scores[name][h], pairs[name][h], convention) for name in scores} for h in heads]
-    each_pairs: list[Maps] = [{name: pairs[name][h] for name in pairs} for h in heads]
+    each_map = {
+        name: [_map(scores[name][h], pairs[name][h], convention) for h in range(len(scores[name]))] for name in scores
+    }
+    maps: list[Maps]
     if convention.heads == "mean_map":
-        maps = [{name: torch.stack([m[name] for m in maps]).mean(0) for name in scores}]
-        each_pairs = [{name: pairs[name].any(0) for name in pairs}]
+        maps = [{name: torch.stack(each_map[name]).mean(0) for name in scores}]
+        each_pairs: list[Maps] = [{name: pairs[name].any(0) for name in pairs}]
+    else:
+        heads = range(len(scores["LL"]))
+        maps = [{name: each_map[name][h] for name in scores} for h in heads]
+        each_pairs = [{name: pairs[name][h] for name in pairs} for h in heads]
     losses = []
-    for h, (own_maps, own_pairs) in enumerate(zip(maps, each_pairs, strict=True)):
-        averaged = heads if convention.heads == "mean_map" else [h]
-        per_head = [_each_row(scores["LL"][k], pairs["LL"][k], torch.log_softmax) for k in averaged]
-        log_LL = torch.stack(per_head).logsumexp(0) - math.log(len(per_head))
+    for own_maps, own_pairs in zip(maps, each_pairs, strict=True):
         # A token that may attend to none of the other modality has no counterpart.
         matched = own_pairs["LV"].any(-1)
         own_pairs = own_pairs | {"LL": own_pairs["LL"] & matched[:, None] & matched[None, :]}
-        row_losses = torch.stack(rows(own_maps, own_pairs, log_LL))
+        row_losses = torch.stack(rows(own_maps, own_pairs))
         counted = int(own_pairs["LL"].any(-1).sum())
         losses.append(row_losses.sum() / (max(counted, 1) if convention.rows == "mean" else 1))
     return torch.stack(losses).mean()
@@ -171,20 +170,21 @@ def _one_side(
 def _map(block: Tensor, pairs: Tensor, convention: Convention) -> Tensor:
     """One head's block in the convention's form; 0 where no pair may attend."""
     if convention.blocks == "probabilities":
-        return _each_row(block, pairs, torch.softmax)
+        return _each_row(block, pairs)
     return torch.where(pairs, block, 0.0)
 
 
-def _each_row(block: Tensor, pairs: Tensor, normalise: Callable[..., Tensor]) -> Tensor:
-    """Softmax or log-softmax of each row over the pairs that may attend; 0 at the others."""
+def _each_row(block: Tensor, pairs: Tensor) -> Tensor:
+    """Softmax of each row over the pairs that may attend; 0 at the others."""
     result = torch.zeros_like(block)
     for i in range(block.shape[0]):
         if pairs[i].any():
-            result[i, pairs[i]] = normalise(block[i, pairs[i]], dim=-1)
+            result[i, pairs[i]] = block[i, pairs[i]].softmax(-1)
     return result
 
 
-def _m_kl(a: Tensor, b: Tensor, counted: Tensor) -> Tensor:
-    """Eq. 4 for one row of logits, over the entries that count: KL(P || T) + KL(T || P)."""
-    log_p, log_t = (torch.log_softmax(x[counted], -1) for x in (a, b))
+def _m_kl(a: Tensor, b: Tensor, counted: Tensor, softmax_target: bool) -> Tensor:
+    """Eq. 4 for one row, over the entries that count: KL(P || T) + KL(T || P), a logits, b logits or probabilities."""
+    log_p = a[counted].log_softmax(-1)
+    log_t = b[counted].log_softmax(-1) if softmax_target else b[counted].log().log_softmax(-1)
     return (log_p.exp() * (log_p - log_t)).sum() + (log_t.exp() * (log_t - log_p)).sum()

@@ -1,0 +1,504 @@
+"""The losses: the released codes' numbers, hand values, properties, gradients, extremes, half precision, compilation."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+import torch._dynamo.testing
+from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
+
+from attncongruence import (
+    PRINTED,
+    RELEASED,
+    WEIGHTED_MEAN,
+    AttentionBlocks,
+    CACRLoss,
+    IAISLoss,
+    TokenLayout,
+    cacr_loss,
+    iais_loss,
+    split_attention,
+    symmetric_kl,
+)
+from tests.problems import (
+    CASES,
+    CONVENTIONS,
+    DIRECTIONS,
+    assert_close,
+    fast,
+    make_problem,
+    problems,
+    randn,
+    slow,
+    value_and_grad,
+)
+
+every_case = pytest.mark.parametrize(("name", "convention"), CASES)
+every_direction = pytest.mark.parametrize("direction", DIRECTIONS)
+
+
+# ---------------------------------------------------------------- the released codes
+
+RELEASED_CODE = {k: torch.from_numpy(v) for k, v in np.load(Path(__file__).parent / "data/released_code.npz").items()}
+
+
+@pytest.mark.parametrize("oracle", [fast, slow])
+@pytest.mark.parametrize("way", ["layout", "mask"])
+@pytest.mark.parametrize("which", ["L-soft", "V-soft", "L-singular", "V-singular", "L-distributed", "V-distributed"])
+def test_released_code(which, way, oracle):
+    data = RELEASED_CODE
+    heads = int(data["num_heads"])
+
+    def scores(hidden):
+        query, key = (
+            (hidden @ data["w" + x].T + data["b" + x]).unflatten(-1, (heads, -1)).transpose(1, 2) for x in "qk"
+        )
+        return query @ key.mT / query.shape[-1] ** 0.5
+
+    side, alignment = which.split("-")
+    name = "cacr" if alignment == "soft" else alignment
+    direction = {"L": "language", "V": "vision"}[side]
+    if way == "layout":
+        where = {"n_text": TokenLayout(data["text_mask"], data["image_mask"])}
+    else:
+        where = {"n_text": int(data["n_text"]), "mask": data["text_mask"] | data["image_mask"]}
+    hidden = data["hidden"].clone().requires_grad_()
+    loss = oracle(name, scores(hidden), direction=direction, **where)
+    (grad,) = torch.autograd.grad(loss, hidden)
+    torch.testing.assert_close(loss.detach(), data[f"loss_{which}"], rtol=1e-9, atol=0)
+    expected = data[f"grad_{which}"]
+    torch.testing.assert_close(grad, expected, rtol=0, atol=1e-9 * float(expected.abs().max()))
+
+
+# ---------------------------------------------------------------- hand values and the relations between the losses
+
+
+def test_hand_values():
+    # Two text tokens, one image token: R is constant, sigma(R) = (1/2, 1/2); LL = (log 3, 0) in both rows.
+    S = torch.zeros(1, 3, 3, dtype=torch.float64)
+    S[0, :2, 0] = np.log(3)
+    one_row = np.log(3) / 4  # m-KL of (1/2, 1/2) and (3/4, 1/4)
+    for loss, options, expected in [
+        (cacr_loss, {"convention": WEIGHTED_MEAN}, one_row),
+        (cacr_loss, {"convention": PRINTED}, 2 * one_row),
+        (iais_loss, {}, one_row),
+        # A_LV A_VL = column of ones times (1/2, 1/2)
+        (iais_loss, {"alignment": "distributed", "convention": replace(RELEASED, epsilon=1e-15)}, one_row),
+        # the second softmax: sigma(3/4, 1/4) against (1/2, 1/2)
+        (cacr_loss, {}, float(symmetric_kl(torch.tensor([0.75, 0.25]).double(), torch.zeros(2).double()))),
+    ]:
+        value = loss(S, 2, direction="language", **options)
+        assert_close(value, torch.tensor(expected, dtype=torch.float64), 1e-12)
+
+
+@every_case
+def test_both_is_the_sum_of_the_directions(name, convention):
+    problem = make_problem("ragged", 4, seed=5)
+    one, other, both = (
+        fast(name, problem.S, problem.n_text, mask=problem.mask, convention=convention, direction=direction)
+        for direction in DIRECTIONS
+    )
+    assert_close(both, one + other, 1e-12)
+
+
+def test_weighted_mean_tends_to_singular_as_the_temperature_falls():
+    S = randn(2, 3, 9, 9)
+    hard = iais_loss(S, 4, convention=WEIGHTED_MEAN)
+    errors = [
+        float((cacr_loss(S, 4, convention=replace(WEIGHTED_MEAN, temperature=t)) - hard).abs())
+        for t in (1, 0.1, 0.01, 1e-4)
+    ]
+    assert errors[0] > 0.1
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-12
+
+
+@pytest.mark.parametrize("side", ["language", "vision"])
+def test_singular_is_cacr_with_a_one_hot_equivalence(side):
+    blocks = split_attention(randn(2, 3, 9, 9), 4)
+    one_hot = {
+        name: torch.nn.functional.one_hot(block.argmax(-1), block.shape[-1]).double()
+        for name, block in (("LV", blocks.LV), ("VL", blocks.VL))
+    }
+    by_hand = replace(blocks, **one_hot)
+    # PRINTED takes the block itself as E; the mean over rows is its sum over their number.
+    printed = cacr_loss(by_hand, convention=replace(PRINTED, rows="mean"), direction=side)
+    assert_close(iais_loss(blocks, convention=WEIGHTED_MEAN, direction=side), printed, 1e-12)
+
+
+def test_probabilities_will_do_for_released():
+    S = randn(2, 3, 9, 9)
+    for name in ("cacr", "singular", "distributed"):
+        assert_close(fast(name, S.softmax(-1).log(), 4), fast(name, S, 4), 1e-12)
+
+
+def test_released_detaches_the_equivalence():
+    S = randn(1, 2, 7, 7)
+    for convention, moves in ((RELEASED, False), (PRINTED, True), (WEIGHTED_MEAN, True)):
+        _, grad = value_and_grad(cacr_loss, S, 3, convention=convention, direction="language")
+        assert bool((split_attention(grad, 3).LV != 0).any()) == moves
+        assert (split_attention(grad, 3).VL == 0).all()
+
+
+# ---------------------------------------------------------------- properties
+
+
+@every_case
+@every_direction
+@hypothesis.settings(max_examples=5)
+@hypothesis.given(data=st.data())
+def test_masked_equals_sliced(data, name, convention, direction):
+    kind = data.draw(st.sampled_from(["int", "ragged", "interleaved"]))
+    problem = data.draw(problems(kind, 4))
+    options = {"convention": convention, "direction": direction}
+    value, grad = value_and_grad(
+        lambda S: fast(name, S, problem.n_text, mask=problem.mask, reduction="none", **options), problem.S
+    )
+    weight = torch.linspace(1.0, 2.0, len(value), dtype=torch.float64)
+    for i in range(len(value)):
+        text, image = problem.text[i].nonzero()[:, 0], problem.image[i].nonzero()[:, 0]
+        expected, wanted = torch.zeros(()).double(), torch.zeros_like(problem.S[i])
+        if len(text) and len(image):
+            kept = torch.cat([text, image])
+            alone = problem.S[i][:, kept][:, :, kept][None]
+            expected, alone_grad = value_and_grad(lambda S, n=len(text): fast(name, S, n, **options), alone)
+            wanted[:, kept[:, None], kept[None, :]] = alone_grad[0] * weight[i]
+        assert_close(value[i], expected, 1e-12)
+        assert_close(grad[i], wanted, 1e-12)
+
+
+@every_case
+@pytest.mark.parametrize("garbage", [float("nan"), 1e30, float("inf"), float("-inf")])
+@pytest.mark.parametrize("padding", [1, 5])
+def test_padding_changes_nothing_whatever_it_holds(name, convention, garbage, padding):
+    S = randn(2, 2, 8, 8)
+    value, grad = value_and_grad(lambda S: fast(name, S, 3, convention=convention), S)
+    wide = torch.full((2, 2, 8 + padding, 8 + padding), garbage, dtype=torch.float64)
+    # Padding behind the text, as tokenizers put it: 3 text, padding, 5 image.
+    kept = torch.cat([torch.arange(3), torch.arange(3 + padding, 8 + padding)])
+    wide[:, :, kept[:, None], kept[None, :]] = S
+    mask = torch.zeros(2, 8 + padding, dtype=torch.bool)
+    mask[:, kept] = True
+    layout = TokenLayout(mask & (torch.arange(8 + padding) < 3), mask & (torch.arange(8 + padding) >= 3))
+    for where in ({"n_text": 3 + padding, "mask": mask}, {"n_text": layout}):
+        padded, padded_grad = value_and_grad(lambda S, w=where: fast(name, S, convention=convention, **w), wide)
+        assert_close(padded, value, 1e-12)
+        assert_close(padded_grad[:, :, kept[:, None], kept[None, :]], grad, 1e-12)
+        assert padded_grad.count_nonzero() == grad.count_nonzero()
+
+
+@every_case
+def test_order_of_tokens_and_heads_means_nothing(name, convention):
+    S, (heads, text, image) = randn(2, 3, 9, 9), (torch.randperm(n) for n in (3, 4, 5))
+    value = fast(name, S, 4, convention=convention)
+    tokens = torch.cat([text, 4 + image])
+    shuffled = S[:, heads][:, :, tokens][:, :, :, tokens]
+    assert_close(fast(name, shuffled, 4, convention=convention), value, 1e-12)
+    # The whole sequence, interleaved at will
+    anywhere = torch.randperm(9)
+    is_text = (anywhere < 4).expand(2, 9)
+    mixed = S[:, :, anywhere][:, :, :, anywhere]
+    assert_close(fast(name, mixed, TokenLayout(is_text, ~is_text), convention=convention), value, 1e-12)
+
+
+@every_case
+def test_swapping_the_modalities_swaps_the_directions(name, convention):
+    blocks = split_attention(randn(2, 3, 9, 9), 4)
+    language = fast(name, blocks, convention=convention, direction="language")
+    assert_close(fast(name, blocks.swap(), convention=convention, direction="vision"), language, 1e-12)
+
+
+@pytest.mark.parametrize("convention", ["RELEASED", "WEIGHTED_MEAN"])
+def test_congruent_attention_costs_nothing(convention):
+    # Each word stands for one region and regions attend like words: a sharp one-to-one LV, VV a copy of LL.
+    LL = randn(1, 1, 5, 5)
+    sharp = 1e4 * torch.eye(5, dtype=torch.float64).expand(1, 1, 5, 5)
+    blocks = AttentionBlocks.from_streams(LL=LL, LV=sharp, VL=sharp, VV=LL)
+    assert fast("cacr", blocks, convention=convention) < 1e-12
+    assert fast("cacr", replace(blocks, VV=LL.flip(-1)), convention=convention) > 1e-3
+
+
+@every_case
+def test_streams_of_different_heads(name, convention):
+    blocks = AttentionBlocks.from_streams(
+        LL=randn(2, 3, 4, 4), LV=randn(2, 3, 4, 5), VV=randn(2, 2, 5, 5), VL=randn(2, 3, 5, 4)
+    )
+    if CONVENTIONS[convention].heads == "mean_loss":
+        with pytest.raises(ValueError, match=r"different numbers of heads, \[2, 3\]"):
+            fast(name, blocks, convention=convention)
+    else:
+        assert_close(fast(name, blocks, convention=convention), slow(name, blocks, convention=convention), 1e-12)
+
+
+# ---------------------------------------------------------------- gradients and extremes
+
+
+@every_case
+@every_direction
+def test_gradcheck(name, convention, direction):
+    problem = make_problem("interleaved", 4, seed=11, n=3, m=4)
+    # Detached E is a constant to autograd but not to finite differences: leave it attached for the check.
+    attached = replace(CONVENTIONS[convention], detach_equivalence=False)
+    loss = iais_loss if name != "cacr" else cacr_loss
+    extra = {} if name == "cacr" else {"alignment": name}
+    S = problem.S.clone().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda S: loss(S, problem.n_text, convention=attached, direction=direction, reduction="none", **extra), S
+    )
+
+
+@every_case
+@every_direction
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_finite_at_extreme_logits(name, convention, direction, dtype):
+    # +-200: most probabilities are exactly 0 in float32
+    S = torch.where(randn(2, 3, 9, 9) > 0, 200.0, -200.0).to(dtype)
+    assert (S.softmax(-1).float() == 0).any()
+    value, grad = value_and_grad(lambda S: fast(name, S, 4, convention=convention, direction=direction), S)
+    assert torch.isfinite(value)
+    assert torch.isfinite(grad).all()
+    assert value > 0
+
+
+@every_case
+@pytest.mark.parametrize(("n", "m"), [(1, 5), (5, 1), (1, 1)])
+def test_one_token_modalities(name, convention, n, m):
+    S = randn(2, 2, n + m, n + m)
+    value, grad = value_and_grad(lambda S: fast(name, S, n, convention=convention, reduction="none"), S)
+    assert_close(value, slow(name, S, n, convention=convention, reduction="none"), 1e-12)
+    assert torch.isfinite(grad).all()
+
+
+@every_case
+@every_direction
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_missing_modality_costs_exactly_nothing(name, convention, direction, reduction):
+    S = torch.full((2, 2, 6, 6), float("nan"), dtype=torch.float64)
+    nothing = torch.zeros(2, 6, dtype=torch.bool)
+    for where in (
+        {"n_text": 0},
+        {"n_text": 6},
+        {"n_text": torch.tensor([0, 6])},
+        {"n_text": 3, "mask": nothing},
+        {"n_text": TokenLayout(nothing, ~nothing)},
+        {"n_text": TokenLayout(nothing, nothing)},
+    ):
+        value, grad = value_and_grad(
+            lambda S, w=where: fast(name, S, convention=convention, direction=direction, reduction=reduction, **w), S
+        )
+        assert (value == 0).all()
+        assert (grad == 0).all()
+
+
+def test_an_empty_batch_is_zero():
+    assert cacr_loss(torch.zeros(0, 2, 5, 5), 2) == 0
+    assert cacr_loss(torch.zeros(0, 2, 5, 5), torch.zeros(0, dtype=torch.long), reduction="none").shape == (0,)
+
+
+@every_case
+@pytest.mark.parametrize("block", ["LL", "LV", "VL", "VV"])
+def test_nan_scores_are_passed_on(name, convention, block):
+    used = {"cacr": "LL LV VV", "singular": "LL LV VV", "distributed": "LL LV VL"}[name].split()
+    for mask in (None, torch.ones(1, 9, dtype=torch.bool)):
+        S = randn(1, 2, 9, 9)
+        getattr(split_attention(S, 4), block)[0, 0, 1, 1] = float("nan")
+        value = fast(name, S, 4, mask=mask, convention=convention, direction="language")
+        assert value.isnan() == (block in used)
+
+
+def test_causal_decoders_have_a_language_side_only():
+    S, causal = randn(2, 2, 8, 8), torch.ones(8, 8, dtype=torch.bool).tril().expand(2, 8, 8)
+    image_first = TokenLayout((torch.arange(8) >= 5).expand(2, 8), (torch.arange(8) < 5).expand(2, 8))
+    # By hand for RELEASED: each block softmaxed over what is allowed, then the released formula
+    blocks = split_attention(S.masked_fill(~causal[:, None], -torch.inf), image_first)
+    E, VV, LL = (block.softmax(-1).mean(1) for block in (blocks.LV, blocks.VV, blocks.LL))
+    lower = torch.ones(3, 3, dtype=torch.bool).tril()
+    expected = symmetric_kl(E @ VV @ E.mT, LL, lower).mean()
+    assert_close(cacr_loss(S, image_first, mask=causal, direction="language"), expected, 1e-12)
+    for direction in ("vision", "both"):
+        with pytest.raises(ValueError, match=r"no pair of VL may attend.*direction='language'"):
+            cacr_loss(S, image_first, mask=causal, direction=direction)
+    with pytest.raises(ValueError, match="no pair of LV may attend"):
+        cacr_loss(S, 3, mask=causal, direction="language")
+
+
+# ---------------------------------------------------------------- half precision, autocast, compilation
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_errs_no_more_than_its_input_does(name, convention, dtype):
+    S = randn(8, 4, 30, 30, seed=3)
+    exact = fast(name, S, 10, convention=convention, reduction="none")
+    rounded = fast(name, S.to(dtype).double(), 10, convention=convention, reduction="none")
+    half = fast(name, S.to(dtype), 10, convention=convention, reduction="none")
+    assert half.dtype == torch.float32
+    assert (half - exact).norm() <= 2 * (rounded - exact).norm()
+
+
+def test_half_precision_is_finite_where_it_would_overflow():
+    # E VV E^T of scores around 60 is far beyond the largest float16, 65504
+    S = (60 * randn(2, 2, 12, 12)).half()
+    value, grad = value_and_grad(cacr_loss, S, 5, convention=PRINTED)
+    assert value > 65504
+    assert torch.isfinite(value)
+    assert torch.isfinite(grad).all() or (grad.isinf() & (grad.abs() > 65504)).any()
+
+
+@every_case
+def test_autocast_changes_nothing(name, convention):
+    S = randn(2, 2, 9, 9, dtype=torch.float32)
+    value, grad = value_and_grad(lambda S: fast(name, S, 4, convention=convention), S)
+    S = S.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = fast(name, S, 4, convention=convention)
+    assert torch.equal(cast, value)
+    # As everywhere in torch, the backward pass belongs outside the autocast region.
+    assert torch.equal(torch.autograd.grad(cast, S)[0], grad)
+
+
+def test_autocast_from_a_matrix_product():
+    hidden = randn(2, 9, 16, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        S = hidden @ hidden.mT
+        assert S.dtype == torch.bfloat16
+        loss = cacr_loss(S, 4)
+    assert loss.dtype == torch.float32
+    assert_close(loss, cacr_loss(S.float(), 4), 1e-7)
+
+
+@every_case
+def test_compiles_without_a_break(name, convention):
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda S, n, mask: fast(name, S, n, mask=mask, convention=convention), fullgraph=True, backend="aot_eager"
+    )
+    layout = make_problem("interleaved", 4, seed=1)
+    masked = make_problem("int", 4, seed=1)
+    ragged = make_problem("ragged", 4, seed=1)
+    for S, n, mask in (
+        (masked.S, 4, None),
+        (masked.S, 4, masked.mask),
+        (ragged.S, ragged.n_text, ragged.mask),
+        (layout.S, layout.n_text, None),
+    ):
+        expected, wanted = value_and_grad(lambda S, n=n, m=mask: fast(name, S, n, mask=m, convention=convention), S)
+        value, grad = value_and_grad(lambda S, n=n, m=mask: compiled(S, n, m), S)
+        assert_close(value, expected, 1e-12)
+        assert_close(grad, wanted, 1e-12)
+
+
+def test_compiles_once_for_many_shapes():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(cacr_loss, fullgraph=True, dynamic=True, backend=counter)
+    for batch, n, m in ((2, 4, 5), (3, 6, 7), (5, 3, 9), (4, 8, 8), (6, 5, 12)):
+        S = randn(batch, 2, n + m, n + m)
+        expected, wanted = value_and_grad(cacr_loss, S, n)
+        value, grad = value_and_grad(compiled, S, n)
+        assert_close(value, expected, 1e-12)
+        assert_close(grad, wanted, 1e-12)
+    assert counter.frame_count <= 2
+
+
+def test_compiles_with_inductor():
+    torch._dynamo.reset()
+    S = randn(2, 2, 9, 9, dtype=torch.float32)
+    expected, wanted = value_and_grad(cacr_loss, S, 4, convention=WEIGHTED_MEAN)
+    value, grad = value_and_grad(torch.compile(cacr_loss, fullgraph=True), S, 4, convention=WEIGHTED_MEAN)
+    assert_close(value, expected, 1e-5)
+    assert_close(grad, wanted, 1e-5)
+
+
+def test_vmap():
+    S = randn(3, 2, 2, 9, 9)
+    each = torch.stack([cacr_loss(part, 4) for part in S])
+    assert_close(torch.func.vmap(lambda part: cacr_loss(part, 4))(S), each, 1e-12)
+
+
+# ---------------------------------------------------------------- modules, rejects
+
+
+def test_modules_are_the_functions():
+    S, mask = randn(2, 2, 9, 9), torch.rand(2, 9) < 0.8
+    options = {"convention": WEIGHTED_MEAN, "direction": "vision", "reduction": "none"}
+    assert torch.equal(CACRLoss(**options)(S, 4, mask), cacr_loss(S, 4, mask=mask, **options))
+    assert torch.equal(IAISLoss(**options)(S, 4, mask), iais_loss(S, 4, mask=mask, **options))
+    assert torch.equal(IAISLoss("distributed")(S, 4), iais_loss(S, 4, alignment="distributed"))
+    assert "direction='vision'" in repr(CACRLoss(**options))
+    assert "alignment='distributed'" in repr(IAISLoss("distributed"))
+
+
+S = randn(2, 2, 6, 6)
+MASK = torch.ones(2, 6, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("loss", [cacr_loss, iais_loss])
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((randn(2, 2, 6, 5), 3), {}, TypeCheckError, "length length"),
+        ((randn(6, 6), 3), {}, TypeCheckError, "batch length length"),
+        ((randn(1, 2, 2, 6, 6), 3), {}, TypeCheckError, "batch heads length length"),
+        ((torch.zeros(2, 2, 6, 6, dtype=torch.long), 3), {}, TypeCheckError, "attention"),
+        ((S, 7), {}, ValueError, "n_text=7 is out of range: a sequence of 6 positions allows 0 to 6"),
+        ((S, -1), {}, ValueError, "n_text=-1 is out of range"),
+        ((S, torch.tensor([3, 7])), {}, ValueError, "n_text=7 is out of range"),
+        ((S, torch.tensor([-2, 3])), {}, ValueError, "n_text=-2 is out of range"),
+        ((S, torch.tensor([3, 3, 3])), {}, TypeCheckError, "n_text"),
+        ((S, torch.tensor([3.0, 3.0])), {}, TypeCheckError, "n_text"),
+        ((S, 3.0), {}, TypeCheckError, "n_text"),
+        ((S,), {}, ValueError, "n_text is missing"),
+        ((S, TokenLayout(MASK, ~MASK)[[0, 1, 0]]), {}, ValueError, r"the layout is for \(batch, length\) = \(3, 6\)"),
+        ((S, TokenLayout(MASK[:, :5], ~MASK[:, :5])), {}, ValueError, r"= \(2, 5\), the scores have \(2, 6\)"),
+        ((split_attention(S, 3), 3), {}, ValueError, "leave n_text and mask out"),
+        ((S, 3), {"mask": MASK[:, :5]}, TypeCheckError, "mask"),
+        ((S, 3), {"mask": MASK.double()}, TypeCheckError, "mask"),
+        (
+            (S, 3),
+            {"direction": "text"},
+            ValueError,
+            "direction='text' is not known: it must be one of 'both', 'language'",
+        ),
+        (
+            (S, 3),
+            {"reduction": "avg"},
+            ValueError,
+            "reduction='avg' is not known: it must be one of 'mean', 'sum', 'none'",
+        ),
+        ((S, 3), {"impl": "fast"}, ValueError, "impl='fast' is not known"),
+        ((S, 3), {"convention": "RELEASED"}, TypeCheckError, "convention"),
+        (
+            (S, 3),
+            {"mask": MASK.to("meta")},
+            ValueError,
+            "all tensors must be on one device, got S on cpu, mask on meta",
+        ),
+        ((S, torch.tensor([3, 3]).to("meta")), {}, ValueError, "n_text on meta"),
+    ],
+)
+def test_rejects(loss, arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        loss(*arguments, **options)
+
+
+def test_rejects_of_iais():
+    with pytest.raises(ValueError, match="alignment='soft' is not known: it must be one of 'singular', 'distributed'"):
+        iais_loss(S, 3, alignment="soft")
+    for convention in (PRINTED, WEIGHTED_MEAN):
+        with pytest.raises(ValueError, match="alignment='distributed' is not defined on raw scores"):
+            iais_loss(S, 3, alignment="distributed", convention=convention)
+
+
+@pytest.mark.parametrize("direction", ["vision", "both"])
+def test_rejects_a_vision_side_without_VL(direction):
+    blocks = AttentionBlocks.from_streams(LL=randn(1, 2, 2), LV=randn(1, 2, 3), VV=randn(1, 3, 3))
+    assert cacr_loss(blocks, direction="language") > 0
+    with pytest.raises(ValueError, match="these blocks have no VL, which this loss and direction need"):
+        cacr_loss(blocks, direction=direction)
+    with pytest.raises(ValueError, match="these blocks have no VL"):
+        iais_loss(blocks, direction="language", alignment="distributed")
