@@ -109,5 +109,5 @@ def value_and_grad(loss: object, S: Tensor, *args: object, **kwargs: object) -> 
 def assert_close(a: Tensor, b: Tensor, tolerance: float) -> None:
     """Equal to a tolerance relative to the largest entry (or to 1, where all are smaller)."""
     assert a.shape == b.shape
-    scale = max(1.0, float(b.abs().max())) if b.numel() else 1.0
+    scale = max(1.0, float(b.detach().abs().max())) if b.numel() else 1.0
     torch.testing.assert_close(a, b, rtol=0, atol=tolerance * scale)

@@ -1,4 +1,4 @@
-"""The losses: the released codes' numbers, hand values, properties, gradients, extremes, half precision, compilation."""
+"""The losses: the released codes' numbers, hand values, properties, gradients, extremes, half precision, compile."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -165,7 +165,7 @@ def test_masked_equals_sliced(data, name, convention, direction):
         if len(text) and len(image):
             kept = torch.cat([text, image])
             alone = problem.S[i][:, kept][:, :, kept][None]
-            expected, alone_grad = value_and_grad(lambda S, n=len(text): fast(name, S, n, **options), alone)
+            expected, alone_grad = value_and_grad(lambda S, t=text: fast(name, S, len(t), **options), alone)
             wanted[:, kept[:, None], kept[None, :]] = alone_grad[0] * weight[i]
         assert_close(value[i], expected, 1e-12)
         assert_close(grad[i], wanted, 1e-12)

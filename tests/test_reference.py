@@ -61,7 +61,8 @@ def test_algorithm_1_by_hand():
     LL, LV = torch.tensor([[0.0, 1.0], [2.0, 0.0]]), torch.tensor([[1.0, 2.0], [0.0, 1.0]])
     VL, VV = torch.zeros(2, 2), torch.tensor([[1.0, 0.0], [3.0, 2.0]])
     S = torch.cat([torch.cat([LL, LV], 1), torch.cat([VL, VV], 1)])[None].double()
-    # R[0, 0] = 1*1*1 + 1*2*0 + 2*1*3 + 2*2*2 = 15, R[0, 1] = 1*1*0 + 2*1*2 = 4, R[1, 0] = 1*1*3 + 1*2*2 = 7, R[1, 1] = 2
+    # R[0, 0] = 1*1*1 + 1*2*0 + 2*1*3 + 2*2*2 = 15, R[0, 1] = 1*1*0 + 2*1*2 = 4,
+    # R[1, 0] = 1*1*3 + 1*2*2 = 7, R[1, 1] = 2
     R = torch.tensor([[15.0, 4.0], [7.0, 2.0]]).double()
     p, t = R.softmax(-1), LL.double().softmax(-1)
     by_hand = (p * (p / t).log()).sum() + (t * (t / p).log()).sum()

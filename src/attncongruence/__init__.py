@@ -15,6 +15,7 @@
 from importlib.metadata import version
 
 from attncongruence.blocks import AttentionBlocks, split_attention
+from attncongruence.capture import AttentionCapture, CapturedAttention, capture_attention, find_attention
 from attncongruence.conventions import PRINTED, RELEASED, WEIGHTED_MEAN, Convention
 from attncongruence.divergence import symmetric_kl
 from attncongruence.layout import TokenLayout
@@ -29,13 +30,17 @@ __all__ = [
     "RELEASED",
     "WEIGHTED_MEAN",
     "AttentionBlocks",
+    "AttentionCapture",
     "CACRLoss",
+    "CapturedAttention",
     "Convention",
     "IAISLoss",
     "TokenLayout",
     "cacr_loss",
+    "capture_attention",
     "constant",
     "exponential_warmup",
+    "find_attention",
     "hard_equivalence_loop",
     "iais_loss",
     "linear_warmup",

@@ -135,8 +135,9 @@ def split_attention(
 ) -> AttentionBlocks:
     """Cut one layer's scores into the blocks LL, LV, VL, VV (Eq. 2).
 
-    One boundary for the whole batch gives views of S, no copy. A ragged or interleaved layout is gathered, padded to
-    the longest text and the longest image, without a loop over samples.
+    Where text and image each fill one stretch of the sequence for the whole batch (one boundary, say), the blocks are
+    views of S, no copy. A ragged or interleaved layout is gathered, padded to the longest text and the longest image,
+    without a loop over samples.
 
     Args:
         S: pre-softmax scores, `(batch, heads, length, length)` or `(batch, length, length)`; rows are queries.
@@ -161,28 +162,26 @@ def split_attention(
         ([[[1.0, 2.0]]], [[[4.0, 5.0], [7.0, 8.0]]])
     """
     batch, length = S.shape[0], S.shape[-1]
-    where = n_text.text if isinstance(n_text, TokenLayout) else None if isinstance(n_text, int) else n_text
-    same_device(S=S, mask=mask, n_text=where)
+    held = n_text.text if isinstance(n_text, TokenLayout) else n_text
+    same_device(S=S, mask=mask, n_text=held if isinstance(held, Tensor) else None)
     tokens, pairs = _tokens_and_pairs(mask, length)
+    where: tuple[slice, slice] | tuple[Tensor, Tensor]
     if isinstance(n_text, int):
         check_boundary(n_text, length)
-        real = torch.ones((), dtype=torch.bool, device=S.device).expand(batch, length)
-        real = real if tokens is None else tokens.expand(batch, length)
-        masks = real[:, :n_text], real[:, n_text:]
-        allowed = None if pairs is None else _cut(pairs, n_text)
-        return AttentionBlocks(*_cut(S, n_text), *masks, allowed, padded=tokens is not None)
-    if isinstance(n_text, Tensor):
-        n_text = TokenLayout.from_n_text(n_text, length, mask=None if tokens is None else tokens.expand(batch, length))
-    elif n_text.text.shape[0] not in (1, batch) or n_text.text.shape[1] != length:
-        raise ValueError(
-            f"the layout is for (batch, length) = {tuple(n_text.text.shape)}, the scores have {(batch, length)}: "
-            "make it for the joint sequence that the layer attends over"
-        )
-    text, image = (part if tokens is None else part & tokens for part in (n_text.text, n_text.image))
-    text_index, text_mask = _positions(text.expand(batch, length), n_text.max_text)
-    image_index, image_mask = _positions(image.expand(batch, length), n_text.max_image)
-    allowed = None if pairs is None else _gather(pairs.expand(batch, -1, length, length), text_index, image_index)
-    return AttentionBlocks(*_gather(S, text_index, image_index), text_mask, image_mask, allowed)
+        real = torch.ones((), dtype=torch.bool, device=S.device) if tokens is None else tokens
+        text = image = real.expand(batch, length)
+        where = (slice(None, n_text), slice(n_text, None))
+    else:
+        layout = _layout(n_text, tokens, batch, length)
+        text, image = layout.text.expand(batch, length), layout.image.expand(batch, length)
+        if layout.extent.spans is not None:
+            where = layout.extent.spans
+        else:
+            where = (_first(text, layout.extent.max_text), _first(image, layout.extent.max_image))
+    masks = _take(text, where[0], 1), _take(image, where[1], 1)
+    allowed = None if pairs is None else _quadrants(pairs.expand(batch, -1, length, length), *where)
+    padded = tokens is not None or not isinstance(n_text, int)
+    return AttentionBlocks(*_quadrants(S, *where), *masks, allowed, padded)
 
 
 def as_blocks(
@@ -222,29 +221,41 @@ def _tokens_and_pairs(mask: Tensor | None, length: int) -> tuple[Tensor | None, 
     return tokens, pairs.expand(-1, -1, length, length) if says_more else None
 
 
-def _cut(S: Tensor, n: int) -> Quadrants[Tensor]:
-    """Eq. 2 at one boundary: views."""
-    return Quadrants(S[..., :n, :n], S[..., :n, n:], S[..., n:, :n], S[..., n:, n:])
+def _layout(n_text: Tensor | TokenLayout, tokens: Tensor | None, batch: int, length: int) -> TokenLayout:
+    """The layout of real tokens, checked against the scores."""
+    if isinstance(n_text, Tensor):
+        return TokenLayout.from_n_text(n_text, length, mask=None if tokens is None else tokens.expand(batch, length))
+    if n_text.text.shape[0] not in (1, batch) or n_text.text.shape[1] != length:
+        raise ValueError(
+            f"the layout is for (batch, length) = {tuple(n_text.text.shape)}, the scores have {(batch, length)}: "
+            "make it for the joint sequence that the layer attends over"
+        )
+    if tokens is None:
+        return n_text
+    return TokenLayout(n_text.text & tokens, n_text.image & tokens, extent=n_text.extent)
 
 
-def _positions(mask: Tensor, longest: int | None) -> tuple[Tensor, Tensor]:
-    """Where each sample's True positions are, in order, padded to the longest: index and mask, `(batch, longest)`."""
-    index = (~mask).int().argsort(dim=1, stable=True)[:, :longest]
-    return index, mask.gather(1, index)
+def _first(mask: Tensor, longest: int) -> Tensor:
+    """Where each sample's True positions are, in order, and then some others: `(batch, longest)`."""
+    return (~mask).int().argsort(dim=1, stable=True)[:, :longest]
 
 
-def _gather(S: Tensor, text: Tensor, image: Tensor) -> Quadrants[Tensor]:
-    """Eq. 2 at any positions: one gather for the rows, one for the columns."""
-
-    def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
-        shape = [index.shape[0]] + [1] * (x.dim() - 1)
-        shape[dim] = index.shape[1]
-        return torch.take_along_dim(x, index.view(shape), dim)
-
-    of_text, of_image = take(S, text, -2), take(S, image, -2)
-    LL, LV = take(of_text, text, -1), take(of_text, image, -1)
-    VL, VV = take(of_image, text, -1), take(of_image, image, -1)
+def _quadrants(S: Tensor, text: slice | Tensor, image: slice | Tensor) -> Quadrants[Tensor]:
+    """Eq. 2: rows first, then columns; views for stretches, gathered for positions."""
+    of_text, of_image = _take(S, text, -2), _take(S, image, -2)
+    LL, LV = _take(of_text, text, -1), _take(of_text, image, -1)
+    VL, VV = _take(of_image, text, -1), _take(of_image, image, -1)
     return Quadrants(LL, LV, VL, VV)
+
+
+def _take(x: Tensor, index: slice | Tensor, dim: int) -> Tensor:
+    """A stretch of a dimension, as a view, or each sample's own positions of it."""
+    dim %= x.dim()
+    if isinstance(index, slice):
+        return x[(slice(None),) * dim + (index,)]
+    shape = [index.shape[0]] + [1] * (x.dim() - 1)
+    shape[dim] = index.shape[1]
+    return torch.take_along_dim(x, index.view(shape), dim)
 
 
 @checked

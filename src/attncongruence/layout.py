@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -14,18 +15,27 @@ Tokens = Bool[Tensor, "batch length"] | Int[Tensor, "batch length"]
 """A mask of positions as tokenizers give it: bool, or int with 0 for padding."""
 
 
+class Extent(NamedTuple):
+    """How far a layout's tokens reach, as numbers on the host: all that cutting S needs to know of them."""
+
+    max_text: int
+    """Tokens of the longest text."""
+    max_image: int
+    spans: tuple[slice, slice] | None
+    """Where text and image lie, if each fills a stretch of its own: then blocks are views. None: they are gathered."""
+
+
 @dataclass(frozen=True, eq=False)
 class TokenLayout:
     """Text and image positions of a batch, in any order, interleaved or with special tokens left out.
 
     Positions that are neither (padding, `[CLS]`, `[SEP]`) are ignored by every loss. Making a layout costs one device
-    synchronisation, which finds the longest text and the longest image; nothing after it needs one.
+    synchronisation, which finds how far texts and images reach; nothing after it needs one.
 
     Args:
         text: `(batch, length)` bool, True at text tokens. A batch of one row serves every sample.
         image: `(batch, length)` bool, True at image tokens.
-        max_text: tokens of the longest text, if known: saves the synchronisation (and is then trusted).
-        max_image: tokens of the longest image, likewise.
+        extent: how far they reach, if known: saves the synchronisation, and is trusted.
 
     Raises:
         jaxtyping.TypeCheckError: masks that are not bool or differ in shape.
@@ -33,31 +43,18 @@ class TokenLayout:
 
     Example:
         >>> layout = TokenLayout.from_n_text(torch.tensor([2, 1]), length=4)
-        >>> layout.text.int().tolist(), layout.max_image
-        ([[1, 1, 0, 0], [1, 0, 0, 0]], 3)
+        >>> layout.text.int().tolist(), layout.image.int().tolist()
+        ([[1, 1, 0, 0], [1, 0, 0, 0]], [[0, 0, 1, 1], [0, 1, 1, 1]])
     """
 
     text: Bool[Tensor, "batch length"]
     image: Bool[Tensor, "batch length"]
-    max_text: int | None = field(default=None, kw_only=True)
-    max_image: int | None = field(default=None, kw_only=True)
+    extent: Extent = field(default=None, kw_only=True, repr=False)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        _same_shape(self.text, self.image)
-        same_device(text=self.text, image=self.image)
-        if self.max_text is not None and self.max_image is not None:
-            return
-        longest_text = longest_image = self.text.shape[1]
-        # A compiled graph cannot wait for the longest row: there every block keeps the full length.
-        if not torch.compiler.is_compiling() and self.text.numel():
-            counts = torch.stack([self.text.sum(1).max(), self.image.sum(1).max(), (self.text & self.image).sum()])
-            longest_text, longest_image, overlap = counts.tolist()
-            if overlap:
-                raise ValueError(
-                    f"text and image masks overlap at {overlap} position(s): a position is text, image or neither"
-                )
-        object.__setattr__(self, "max_text", longest_text)
-        object.__setattr__(self, "max_image", longest_image)
+        if self.extent is None:
+            _same_shape(self.text, self.image)
+            object.__setattr__(self, "extent", _measure(self.text, self.image))
 
     @classmethod
     @checked
@@ -87,12 +84,7 @@ class TokenLayout:
         text = torch.arange(length, device=boundary.device) < boundary
         real = torch.ones_like(text) if mask is None else mask.bool()
         text, image = torch.broadcast_tensors(text & real, ~text & real)
-        if torch.compiler.is_compiling() or not text.numel():
-            return cls(text, image, max_text=length, max_image=length)
-        ends = torch.stack([boundary.min(), boundary.max(), text.sum(1).max(), image.sum(1).max()])
-        low, high, max_text, max_image = ends.tolist()
-        check_boundary(low if low < 0 else high, length)
-        return cls(text, image, max_text=max_text, max_image=max_image)
+        return cls(text, image, extent=_measure(text, image, boundary))
 
     @classmethod
     @checked
@@ -153,8 +145,17 @@ class TokenLayout:
 
         Args:
             special: `(batch, length)`, True or 1 at the positions to ignore.
+
+        Raises:
+            ValueError: a mask for another length or batch: pad a text's own mask to the joint sequence first.
         """
         same_device(layout=self.text, special=special)
+        batch, length = self.text.shape
+        if special.shape[1] != length or (1 not in (batch, special.shape[0]) and batch != special.shape[0]):
+            raise ValueError(
+                f"special has (batch, length) = {tuple(special.shape)}, the layout {(batch, length)}: "
+                "it must speak of the whole joint sequence; pad it with zeros over the image"
+            )
         keep = ~special.bool()
         return TokenLayout(self.text & keep, self.image & keep)
 
@@ -164,9 +165,7 @@ class TokenLayout:
 
     def to(self, device: torch.device | str) -> TokenLayout:
         """The same layout on another device."""
-        return TokenLayout(
-            self.text.to(device), self.image.to(device), max_text=self.max_text, max_image=self.max_image
-        )
+        return TokenLayout(self.text.to(device), self.image.to(device), extent=self.extent)
 
 
 def check_boundary(n_text: int, length: int) -> None:
@@ -175,6 +174,33 @@ def check_boundary(n_text: int, length: int) -> None:
         raise ValueError(f"n_text={n_text} is out of range: a sequence of {length} positions allows 0 to {length}")
 
 
+def _measure(text: Tensor, image: Tensor, boundary: Tensor | None = None) -> Extent:
+    """Extent of two masks, and the checks on their values, in one synchronisation."""
+    length = text.shape[1]
+    # A compiled graph cannot wait for a number: there every block keeps the full length.
+    if torch.compiler.is_compiling() or not text.numel() or text.is_meta:
+        return Extent(length, length, None)
+    numbers = [(text & image).sum(), *_reach(text), *_reach(image)]
+    if boundary is not None:
+        numbers += [boundary.min(), boundary.max()]
+    overlap, max_text, text_start, text_end, max_image, image_start, image_end, *ends = torch.stack(numbers).tolist()
+    if overlap:
+        raise ValueError(f"text and image masks overlap at {overlap} position(s): a position is text, image or neither")
+    for end in ends:
+        check_boundary(end, length)
+    spans = slice(text_start, text_end), slice(image_start, image_end)
+    apart = text_end <= image_start or image_end <= text_start
+    full = max_text == text_end - text_start and max_image == image_end - image_start
+    return Extent(max_text, max_image, spans if apart and full else None)
+
+
+def _reach(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Most tokens of a sample; first position that any sample uses, and one past the last."""
+    used = mask.any(0).int()
+    return mask.sum(1).max(), used.argmax(), len(used) - used.flip(0).argmax()
+
+
 @checked
 def _same_shape(text: Bool[Tensor, "batch length"], image: Bool[Tensor, "batch length"]) -> None:
-    """Hold both masks to one shape."""
+    """Hold both masks to one shape, on one device."""
+    same_device(text=text, image=image)
