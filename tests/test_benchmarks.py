@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from benchmarks import loops, record
-from benchmarks.released_loop import cacr_per_sample, uniter_batch
 
 from attncongruence import TokenLayout, cacr_loss
+from benchmarks import loops, record
+from benchmarks.released_loop import cacr_per_sample, uniter_batch
 from tests.problems import assert_close, value_and_grad
 
 

@@ -1,0 +1,1 @@
+"""Measurements: speed, and what the losses do to a model."""
