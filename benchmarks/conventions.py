@@ -115,7 +115,7 @@ def measure() -> list[dict[str, Any]]:
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown: magnitudes, then precision."""
+    """The rows as Markdown: magnitudes, what congruence is worth, precision."""
     lines = [
         "| maps | loss | convention | loss, nats | gradient norm | entropy of R | entropy of target |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: |",
@@ -124,6 +124,12 @@ def tables(rows: list[dict[str, Any]]) -> str:
         flat = row.get("flatness")
         entropy = f"{flat['projected']:.3f} | {flat['target']:.3f}" if flat else " | "
         lines.append(f"{_head(row)} {row['loss']:.4g} | {row['gradient']:.3g} | {entropy} |")
+    lines += ["", "| loss | convention | incongruent / congruent |", "| --- | --- | ---: |"]
+    loss = {(row["maps"], row["loss_name"], row["convention"]): row["loss"] for row in rows}
+    for maps, name, convention in loss:
+        if maps == "structured, congruent":
+            worth = loss["structured, incongruent", name, convention] / loss[maps, name, convention]
+            lines.append(f"| {name} | `{convention}` | {worth:.3g} |")
     lines += [
         "",
         "| maps | loss | convention | fp32 | bf16 | bf16, input alone | fp16 | fp16, input alone |",

@@ -71,7 +71,7 @@ RELEASED = Convention()
 """As the authors ran it: what produced CACR's Table 2, and the default."""
 
 PRINTED = Convention(blocks="scores", heads="mean_loss", detach_equivalence=False, iais_target_softmax=True, rows="sum")
-"""As CACR prints it: Eq. 3 to 6 on raw scores."""
+"""As CACR prints it: Eq. 3 and 5 on raw scores."""
 
 WEIGHTED_MEAN = Convention(
     blocks="scores", heads="mean_loss", equivalence="softmax", detach_equivalence=False, iais_target_softmax=True

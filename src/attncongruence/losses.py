@@ -25,7 +25,7 @@ def cacr_loss(
     reduction: Reduction = "mean",
     impl: Impl = "auto",
 ) -> Float[Tensor, ...]:
-    r"""Cross-modal attention congruence: m-KL(sigma(E VV E^T), sigma(LL)), and likewise for vision (Eq. 3 to 6).
+    r"""Cross-modal attention congruence: m-KL(sigma(E VV E^T), sigma(LL)), and likewise for vision (Eq. 3, 5).
 
     The attention among image tokens is carried over to the text tokens by E, the text-to-image attention as a change
     of basis, and held against the attention among text tokens.
@@ -52,7 +52,7 @@ def cacr_loss(
             a direction whose cross-modal block does not exist (causal decoders, blocks without VL).
 
     Source:
-        CACR (Pandey et al., ACL 2023), Eq. 3 to 6 and Algorithm 1; `docs/paper-map.md`.
+        CACR (Pandey et al., ACL 2023), Eq. 3 to 5 and Algorithm 1; `docs/paper-map.md`.
 
     Example:
         Two text tokens look at one image token, so E is a column of ones, R is constant and sigma(R) = (1/2, 1/2). With
