@@ -9,7 +9,7 @@ demo: $(READY)  ## train a tiny ViLT for some steps with and without the loss
 	$(BIN)/python -m examples.demo
 
 test: lint types  ## lint, types and every test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 15
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -341,12 +341,11 @@ def test_half_precision_errs_no_more_than_its_input_does(name, convention, dtype
 
 
 def test_half_precision_is_finite_where_it_would_overflow():
-    # E VV E^T of scores around 60 is far beyond the largest float16, 65504
-    S = (60 * randn(2, 2, 12, 12)).half()
-    value, grad = value_and_grad(cacr_loss, S, 5, convention=PRINTED)
-    assert value > 65504
-    assert torch.isfinite(value)
-    assert torch.isfinite(grad).all() or (grad.isinf() & (grad.abs() > 65504)).any()
+    # E VV E^T of scores around 12 leaves float16, which ends at 65504.
+    value, grad = value_and_grad(cacr_loss, (12 * randn(2, 2, 12, 12)).half(), 5, convention=PRINTED)
+    assert 65504 < value < torch.inf
+    assert torch.isfinite(grad).all()
+    assert grad.count_nonzero() > 0
 
 
 @every_case

@@ -66,12 +66,11 @@ def log_attention_map(block: Tensor, mask: Tensor | None, convention: Convention
 
 
 def equivalence(LV: Tensor, mask: Tensor | None, convention: Convention) -> Tensor:
-    """E of CACR from a map of text on image: `(batch, heads, N, M)`, entries that don't count 0."""
+    """E of CACR from a map of text on image, `(batch, heads, N, M)`: a row for each text token."""
     E = LV
     if convention.equivalence == "softmax":
         # E = softmax(LV / tau)
         E = fill(LV / convention.temperature, mask, torch.finfo(LV.dtype).min / 2).softmax(-1)
-    E = fill(E, mask, 0.0)
     return E.detach() if convention.detach_equivalence else E
 
 
