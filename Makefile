@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint types build clean
+.PHONY: demo test lint types bench build clean
 
 demo: $(READY)  ## train a tiny ViLT for some steps with and without the loss
 	$(BIN)/python -m examples.demo
@@ -17,6 +17,11 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+
+bench: $(READY)  ## measure again: writes benchmarks/results/
+	$(BIN)/python -m benchmarks.conventions
+	$(BIN)/python -m benchmarks.loops
+	$(BIN)/python -m benchmarks.capture_cost
 
 build: $(READY)  ## wheel and sdist in dist/
 	$(BIN)/python -m build

@@ -130,6 +130,16 @@ def test_from_streams_equals_split():
     assert_close(fast("cacr", AttentionBlocks.from_streams(**flat)), fast("cacr", S[:, 0], 3), 1e-12)
 
 
+FIVE_D = {
+    name: randn(2, 1, 2, *size) for name, size in {"LL": (3, 3), "LV": (3, 4), "VL": (4, 3), "VV": (4, 4)}.items()
+}
+
+
+FIVE_D = {
+    name: randn(2, 1, 2, *size) for name, size in {"LL": (3, 3), "LV": (3, 4), "VL": (4, 3), "VV": (4, 4)}.items()
+}
+
+
 @pytest.mark.parametrize(
     ("change", "error"),
     [
@@ -139,10 +149,13 @@ def test_from_streams_equals_split():
         ({"text_mask": torch.ones(2, 4, dtype=torch.bool)}, TypeCheckError),
         ({"VV": torch.zeros(2, 2, 4, 4, dtype=torch.long)}, TypeCheckError),
         ({"VV": randn(2, 2, 4, 4).to("meta")}, ValueError),
+        ({"VV": randn(2, 4, 4)}, ValueError),
+        ({"VV": randn(2, 2, 4, 4).float()}, ValueError),
+        (FIVE_D, ValueError),
     ],
 )
 def test_from_streams_rejects(change, error):
     right = {"LL": randn(2, 2, 3, 3), "LV": randn(2, 2, 3, 4), "VV": randn(2, 2, 4, 4), "VL": randn(2, 2, 4, 3)}
     AttentionBlocks.from_streams(**right)
-    with pytest.raises(error, match=r"LV|LL|VL|text_mask|VV|one device"):
+    with pytest.raises(error, match=r"LV|LL|VL|text_mask|VV|one device|must be all"):
         AttentionBlocks.from_streams(**(right | change))

@@ -72,6 +72,12 @@ def test_gradcheck():
         ((randn(2, 3), randn(2, 4)), {}, TypeCheckError, "columns"),
         ((randn(2, 3).long(), randn(2, 3)), {}, TypeCheckError, "'a'"),
         ((randn(2, 3), randn(2, 3), torch.ones(2, 2, dtype=torch.bool)), {}, TypeCheckError, "mask"),
+        (
+            (randn(2, 3), randn(2, 3).to("meta")),
+            {},
+            ValueError,
+            "must be on one device, got a on cpu, b on meta",
+        ),
         ((randn(2, 3), randn(2, 3)), {"reduction": "batchmean"}, ValueError, "reduction='batchmean' is not known"),
     ],
 )

@@ -1,5 +1,6 @@
 """TokenLayout: each constructor by hand, and what it refuses."""
 
+import numpy as np
 import pytest
 import torch
 from jaxtyping import TypeCheckError
@@ -15,10 +16,22 @@ def test_from_n_text():
     one = TokenLayout.from_n_text(2, length=5)
     assert (rows(one.text), rows(one.image), one.extent.max_text, one.extent.max_image) == (["11000"], ["00111"], 2, 3)
     mask = torch.tensor([[1, 1, 1, 1, 0], [0, 1, 1, 0, 0]])
-    each = TokenLayout.from_n_text(torch.tensor([3, 2]), mask=mask)
+    each = TokenLayout.from_n_text(torch.tensor([3, 2]), attention_mask=mask)
     assert rows(each.text) == ["11100", "01000"]
     assert rows(each.image) == ["00010", "00100"]
     assert each.extent[:2] == (3, 1)
+
+
+def test_from_masks():
+    layout = TokenLayout.from_masks(torch.tensor([[1, 0, 0]]), torch.tensor([[False, False, True]]))
+    assert (rows(layout.text), rows(layout.image)) == (["100"], ["001"])
+
+
+def test_any_kind_of_integer():
+    text = ["1100"]
+    assert rows(TokenLayout.from_n_text(np.int64(2), length=4).text) == text
+    assert rows(TokenLayout.from_n_text(torch.tensor([2], dtype=torch.uint8), 4, torch.ones(1, 4).byte()).text) == text
+    assert rows(TokenLayout.from_input_ids(torch.tensor([[1, 1, 5, 5]], dtype=torch.int32), np.int64(5)).text) == text
 
 
 def test_from_token_type_ids():
@@ -51,6 +64,10 @@ def test_some_samples_and_another_device():
     layout = TokenLayout.from_n_text(torch.tensor([1, 2, 3]), length=4)
     part = layout[torch.tensor([2, 0])]
     assert (rows(part.text), *part.extent[:2]) == (["1110", "1000"], 3, 3)
+    assert rows(layout[1].text) == ["1100"]
+    assert rows(layout[torch.tensor([False, True, True])].text) == ["1100", "1110"]
+    # One row serves every sample, and any choice of them.
+    assert rows(TokenLayout.from_n_text(1, length=2)[torch.tensor([4, 7])].text) == ["10"]
     assert layout.to("cpu").extent.max_text == 3
     assert layout.to("meta").text.device.type == "meta"
 
@@ -65,7 +82,11 @@ def test_some_samples_and_another_device():
         (lambda t: TokenLayout.from_n_text(2), ValueError, "needs the length"),
         (lambda t: TokenLayout.from_n_text(5, length=4), ValueError, "n_text=5 is out of range"),
         (lambda t: TokenLayout.from_n_text(torch.tensor([1, -1]), length=4), ValueError, "n_text=-1 is out of range"),
-        (lambda t: TokenLayout.from_n_text(2, length=5, mask=t), ValueError, "length=5, but mask has 4 positions"),
+        (
+            lambda t: TokenLayout.from_n_text(2, length=5, attention_mask=t),
+            ValueError,
+            "length=5, but the mask has 4 positions",
+        ),
         (lambda t: TokenLayout.from_n_text(2.0, length=4), TypeCheckError, "n_text"),
         (lambda t: TokenLayout.from_input_ids(t.float(), 3), TypeCheckError, "input_ids"),
         (lambda t: TokenLayout.from_n_text(2, length=4).without(t[:, :2]), ValueError, r"special has .* = \(1, 2\)"),

@@ -20,7 +20,9 @@ from attncongruence import (
     IAISLoss,
     TokenLayout,
     cacr_loss,
+    hard_equivalence_loop,
     iais_loss,
+    soft_equivalence_loop,
     split_attention,
     symmetric_kl,
 )
@@ -294,8 +296,15 @@ def test_a_missing_modality_costs_exactly_nothing(name, convention, direction, r
         assert (grad == 0).all()
 
 
+def test_meta_tensors_have_shapes():
+    S, pairs = torch.zeros(2, 2, 6, 6, device="meta"), torch.ones(2, 1, 6, 6, dtype=torch.bool, device="meta")
+    for mask in (None, pairs, pairs[:, 0, 0]):
+        assert cacr_loss(S, 2, mask=mask, reduction="none").shape == (2,)
+
+
 def test_an_empty_batch_is_zero():
-    assert cacr_loss(torch.zeros(0, 2, 5, 5), 2) == 0
+    for loss in (cacr_loss, iais_loss, soft_equivalence_loop, hard_equivalence_loop):
+        assert loss(torch.zeros(0, 2, 5, 5), 2) == 0
     assert cacr_loss(torch.zeros(0, 2, 5, 5), torch.zeros(0, dtype=torch.long), reduction="none").shape == (0,)
 
 
@@ -320,8 +329,9 @@ def test_causal_decoders_have_a_language_side_only():
     expected = symmetric_kl(E @ VV @ E.mT, LL, lower).mean()
     assert_close(cacr_loss(S, image_first, mask=causal, direction="language"), expected, 1e-12)
     for direction in ("vision", "both"):
-        with pytest.raises(ValueError, match=r"no pair of VL may attend.*direction='language'"):
-            cacr_loss(S, image_first, mask=causal, direction=direction)
+        for loss in (cacr_loss, soft_equivalence_loop):
+            with pytest.raises(ValueError, match=r"no pair of VL may attend.*direction='language'"):
+                loss(S, image_first, mask=causal, direction=direction)
     with pytest.raises(ValueError, match="no pair of LV may attend"):
         cacr_loss(S, 3, mask=causal, direction="language")
 
@@ -391,14 +401,16 @@ def test_compiles_without_a_break(name, convention):
         assert_close(grad, wanted, 1e-12)
 
 
-def test_compiles_once_for_many_shapes():
+@pytest.mark.parametrize("kind", ["int", "ragged", "interleaved"])
+@pytest.mark.parametrize("name", ["cacr", "singular", "distributed"])
+def test_compiles_once_for_many_shapes(name, kind):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(cacr_loss, fullgraph=True, dynamic=True, backend=counter)
-    for batch, n, m in ((2, 4, 5), (3, 6, 7), (5, 3, 9), (4, 8, 8), (6, 5, 12)):
-        S = randn(batch, 2, n + m, n + m)
-        expected, wanted = value_and_grad(cacr_loss, S, n)
-        value, grad = value_and_grad(compiled, S, n)
+    compiled = torch.compile(lambda S, n: fast(name, S, n), fullgraph=True, dynamic=True, backend=counter)
+    for seed, (batch, n, m) in enumerate(((2, 4, 5), (3, 6, 7), (5, 3, 9), (4, 8, 8), (6, 5, 12))):
+        problem = make_problem(kind, 4, seed=2 * seed, batch=batch, n=n, m=m)
+        expected, wanted = value_and_grad(lambda S, n=problem.n_text: fast(name, S, n), problem.S)
+        value, grad = value_and_grad(compiled, problem.S, problem.n_text)
         assert_close(value, expected, 1e-12)
         assert_close(grad, wanted, 1e-12)
     assert counter.frame_count <= 2
@@ -427,16 +439,25 @@ def test_modules_are_the_functions():
     options = {"convention": WEIGHTED_MEAN, "direction": "vision", "reduction": "none"}
     assert torch.equal(CACRLoss(**options)(S, 4, mask), cacr_loss(S, 4, mask=mask, **options))
     assert torch.equal(IAISLoss(**options)(S, 4, mask), iais_loss(S, 4, mask=mask, **options))
-    assert torch.equal(IAISLoss("distributed")(S, 4), iais_loss(S, 4, alignment="distributed"))
+    assert torch.equal(IAISLoss(alignment="distributed")(S, 4), iais_loss(S, 4, alignment="distributed"))
     assert "direction='vision'" in repr(CACRLoss(**options))
-    assert "alignment='distributed'" in repr(IAISLoss("distributed"))
+    assert "alignment='distributed'" in repr(IAISLoss(alignment="distributed"))
+
+
+def test_modules_refuse_at_once():
+    with pytest.raises(ValueError, match="direction='up' is not known"):
+        CACRLoss(direction="up")
+    with pytest.raises(ValueError, match="alignment='soft' is not known"):
+        IAISLoss(alignment="soft")
+    with pytest.raises(TypeCheckError, match="convention"):
+        IAISLoss("distributed")
 
 
 S = randn(2, 2, 6, 6)
 MASK = torch.ones(2, 6, dtype=torch.bool)
 
 
-@pytest.mark.parametrize("loss", [cacr_loss, iais_loss])
+@pytest.mark.parametrize("loss", [cacr_loss, iais_loss, soft_equivalence_loop, hard_equivalence_loop])
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
@@ -455,6 +476,7 @@ MASK = torch.ones(2, 6, dtype=torch.bool)
         ((S, TokenLayout(MASK, ~MASK)[[0, 1, 0]]), {}, ValueError, r"the layout is for \(batch, length\) = \(3, 6\)"),
         ((S, TokenLayout(MASK[:, :5], ~MASK[:, :5])), {}, ValueError, r"= \(2, 5\), the scores have \(2, 6\)"),
         ((split_attention(S, 3), 3), {}, ValueError, "leave n_text and mask out"),
+        ((S[:, 0], 3), {"mask": torch.ones(2, 3, 6, 6, dtype=torch.bool)}, ValueError, "the mask is for 3 heads"),
         ((S, 3), {"mask": MASK[:, :5]}, TypeCheckError, "mask"),
         ((S, 3), {"mask": MASK.double()}, TypeCheckError, "mask"),
         (
@@ -485,12 +507,13 @@ def test_rejects(loss, arguments, options, error, message):
         loss(*arguments, **options)
 
 
-def test_rejects_of_iais():
+@pytest.mark.parametrize("loss", [iais_loss, hard_equivalence_loop])
+def test_rejects_of_iais(loss):
     with pytest.raises(ValueError, match="alignment='soft' is not known: it must be one of 'singular', 'distributed'"):
-        iais_loss(S, 3, alignment="soft")
+        loss(S, 3, alignment="soft")
     for convention in (PRINTED, WEIGHTED_MEAN):
         with pytest.raises(ValueError, match="alignment='distributed' is not defined on raw scores"):
-            iais_loss(S, 3, alignment="distributed", convention=convention)
+            loss(S, 3, alignment="distributed", convention=convention)
 
 
 @pytest.mark.parametrize("direction", ["vision", "both"])

@@ -1,6 +1,7 @@
 """Schedules: hand values at the ends and in the middle, monotone, pure."""
 
 import math
+import pickle
 
 import pytest
 
@@ -23,6 +24,12 @@ def test_formula(schedule):
     # Past the end it stays; and asking again gives the same.
     assert weight(100) == weight(8)
     assert [weight(step) for step in range(9)] == weights
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_can_be_pickled(schedule):
+    weight = schedule(total_steps=8)
+    assert pickle.loads(pickle.dumps(weight))(3) == weight(3)
 
 
 def test_scale():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 
@@ -14,20 +15,22 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 # A type checker sees the allowed words; at run time `one_of` says them in a ValueError, which reads better.
+# Likewise a count is an int to the checker, and any integral number (NumPy's too) at run time.
 if TYPE_CHECKING:
+    Count = int
     Direction = Literal["both", "language", "vision"]
     Reduction = Literal["mean", "sum", "none"]
     Alignment = Literal["singular", "distributed"]
     Impl = Literal["auto", "dense"]
 else:
+    Count = numbers.Integral
     Direction = Reduction = Alignment = Impl = str
 
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:
     """Check a function's jaxtyping shapes and dtypes at each call; wrong ones raise `jaxtyping.TypeCheckError`.
 
-    Under `torch.compile` the call goes straight through: dynamo cannot trace the checker, and the shapes of a
-    compiled call have been checked by the first eager one.
+    Under `torch.compile` the call goes straight through unchecked: dynamo cannot trace the checker.
     """
     strict = jaxtyped(typechecker=beartype)(function)
 

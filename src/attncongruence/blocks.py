@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
-from attncongruence._typing import checked, same_device
+from attncongruence._typing import Count, checked, same_device
 from attncongruence.layout import TokenLayout, Tokens, check_boundary
 
 T = TypeVar("T")
@@ -59,7 +59,7 @@ class AttentionBlocks:
         text_mask: `(batch, N)` bool, True at real text tokens.
         image_mask: `(batch, M)` bool, True at real image tokens.
         allowed: which pairs may attend, block by block, 4-D and broadcastable; None: all pairs of real tokens.
-        padded: False where both masks are known to be True throughout.
+        padded: False where both masks are known to be True throughout; trusted.
 
     Source:
         CACR (Pandey et al., ACL 2023), Eq. 2.
@@ -112,7 +112,7 @@ class AttentionBlocks:
 
         Raises:
             jaxtyping.TypeCheckError: blocks or masks whose sizes don't fit each other.
-            ValueError: tensors on several devices.
+            ValueError: blocks of different ranks or dtypes, tensors on several devices.
 
         Example:
             >>> S = torch.zeros
@@ -126,12 +126,12 @@ class AttentionBlocks:
 
 
 Attention = Scores | AttentionBlocks | ScoreSource
-NText = int | Int[Tensor, " batch"] | TokenLayout | None
+NText = Count | Integer[Tensor, " batch"] | TokenLayout | None
 
 
 @checked
 def split_attention(
-    S: Scores, n_text: int | Int[Tensor, " batch"] | TokenLayout, *, mask: Mask | None = None
+    S: Scores, n_text: Count | Integer[Tensor, " batch"] | TokenLayout, *, mask: Mask | None = None
 ) -> AttentionBlocks:
     """Cut one layer's scores into the blocks LL, LV, VL, VV (Eq. 2).
 
@@ -164,9 +164,14 @@ def split_attention(
     batch, length = S.shape[0], S.shape[-1]
     held = n_text.text if isinstance(n_text, TokenLayout) else n_text
     same_device(S=S, mask=mask, n_text=held if isinstance(held, Tensor) else None)
+    if S.dim() == 3 and mask is not None and mask.dim() == 4 and mask.shape[1] > 1:
+        raise ValueError(
+            f"the mask is for {mask.shape[1]} heads, and the scores {tuple(S.shape)} have none: "
+            "pass scores (batch, heads, length, length), or a mask (batch, length, length)"
+        )
     tokens, pairs = _tokens_and_pairs(mask, length)
     where: tuple[slice, slice] | tuple[Tensor, Tensor]
-    if isinstance(n_text, int):
+    if not isinstance(n_text, Tensor | TokenLayout):
         check_boundary(n_text, length)
         real = torch.ones((), dtype=torch.bool, device=S.device) if tokens is None else tokens
         text = image = real.expand(batch, length)
@@ -180,7 +185,7 @@ def split_attention(
             where = (_first(text, layout.extent.max_text), _first(image, layout.extent.max_image))
     masks = _take(text, where[0], 1), _take(image, where[1], 1)
     allowed = None if pairs is None else _quadrants(pairs.expand(batch, -1, length, length), *where)
-    padded = tokens is not None or not isinstance(n_text, int)
+    padded = tokens is not None or isinstance(n_text, Tensor | TokenLayout)
     return AttentionBlocks(*_quadrants(S, *where), *masks, allowed, padded)
 
 
@@ -224,7 +229,7 @@ def _tokens_and_pairs(mask: Tensor | None, length: int) -> tuple[Tensor | None, 
 def _layout(n_text: Tensor | TokenLayout, tokens: Tensor | None, batch: int, length: int) -> TokenLayout:
     """The layout of real tokens, checked against the scores."""
     if isinstance(n_text, Tensor):
-        return TokenLayout.from_n_text(n_text, length, mask=None if tokens is None else tokens.expand(batch, length))
+        return TokenLayout.from_n_text(n_text, length, None if tokens is None else tokens.expand(batch, length))
     if n_text.text.shape[0] not in (1, batch) or n_text.text.shape[1] != length:
         raise ValueError(
             f"the layout is for (batch, length) = {tuple(n_text.text.shape)}, the scores have {(batch, length)}: "
@@ -253,9 +258,10 @@ def _take(x: Tensor, index: slice | Tensor, dim: int) -> Tensor:
     dim %= x.dim()
     if isinstance(index, slice):
         return x[(slice(None),) * dim + (index,)]
-    shape = [index.shape[0]] + [1] * (x.dim() - 1)
-    shape[dim] = index.shape[1]
-    return torch.take_along_dim(x, index.view(shape), dim)
+    # Not take_along_dim: its broadcasting makes torch.compile a graph for each batch size.
+    shape, wide = [index.shape[0]] + [1] * (x.dim() - 1), list(x.shape)
+    shape[dim] = wide[dim] = index.shape[1]
+    return x.gather(dim, index.view(shape).expand(wide))
 
 
 @checked
@@ -264,12 +270,18 @@ def _join(
     LV: Float[Tensor, "batch ... text image"],
     VL: Float[Tensor, "batch ... image text"] | None,
     VV: Float[Tensor, "batch ... image image"],
-    text_mask: Bool[Tensor, "batch text"] | Int[Tensor, "batch text"] | None,
-    image_mask: Bool[Tensor, "batch image"] | Int[Tensor, "batch image"] | None,
+    text_mask: Bool[Tensor, "batch text"] | Integer[Tensor, "batch text"] | None,
+    image_mask: Bool[Tensor, "batch image"] | Integer[Tensor, "batch image"] | None,
     *pairs: Bool[Tensor, ...] | None,
 ) -> AttentionBlocks:
     """Blocks from four maps and the pairs that each one's own layer allows."""
     same_device(LL=LL, LV=LV, VL=VL, VV=VV, text_mask=text_mask, image_mask=image_mask)
+    given = {name: block for name, block in (("LL", LL), ("LV", LV), ("VL", VL), ("VV", VV)) if block is not None}
+    if {block.dim() for block in given.values()} not in ({3}, {4}) or len({x.dtype for x in given.values()}) > 1:
+        what = ", ".join(f"{name} {tuple(block.shape)} {block.dtype}" for name, block in given.items())
+        raise ValueError(
+            f"the blocks must be all (batch, heads, ., .) or all (batch, ., .), of one dtype; these are {what}"
+        )
     everything = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=LL.device)
     LL_pairs, LV_pairs, VL_pairs, VV_pairs = (everything if pair is None else pair for pair in pairs)
 

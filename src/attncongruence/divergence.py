@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from attncongruence._typing import checked, one_of
+from attncongruence._typing import Reduction, checked, one_of, same_device
 
 
 @checked
@@ -15,7 +15,7 @@ def symmetric_kl(
     b: Float[Tensor, "*rows columns"],
     mask: Bool[Tensor, "*#rows #columns"] | None = None,
     *,
-    reduction: str = "none",
+    reduction: Reduction = "none",
 ) -> Float[Tensor, ...]:
     r"""Symmetric (Jeffreys) KL divergence of two sets of logits, row by row: m-KL, Eq. 4.
 
@@ -27,7 +27,7 @@ def symmetric_kl(
     the logits are, also where a probability underflows to exactly 0.
 
     Args:
-        a: logits `(..., columns)` of any finite size; half precision is computed in float32.
+        a: logits `(..., columns)` of any finite size (leave -inf to the mask); half precision is computed in float32.
         b: logits of the same shape.
         mask: bool, broadcastable to the logits; False entries are left out of both softmaxes and of the sum. A row
             with no entry left has divergence 0.
@@ -38,7 +38,7 @@ def symmetric_kl(
 
     Raises:
         jaxtyping.TypeCheckError: shapes that differ, integer logits.
-        ValueError: an unknown reduction.
+        ValueError: an unknown reduction, tensors on several devices.
 
     Source:
         CACR (Pandey et al., ACL 2023), Eq. 4.
@@ -50,15 +50,15 @@ def symmetric_kl(
         tensor(0.2747)
     """
     one_of("reduction", reduction, ("none", "sum", "mean"))
+    same_device(a=a, b=b, mask=mask)
     a, b = at_least_float32(a), at_least_float32(b)
     if mask is not None:
-        # A fill that softmax sends to 0 and that is finite, so that a row with nothing left gives no NaN.
+        # Finite, so that a row with nothing left gives no NaN, and so low that both softmaxes are 0 there and both
+        # logarithms the same: the terms of left out entries are 0 (0 - 0).
         a, b = (x.masked_fill(~mask, torch.finfo(x.dtype).min / 2) for x in (a, b))
     log_p, log_t = a.log_softmax(-1), b.log_softmax(-1)
     # Eq. 4: (P_j - T_j) (log P_j - log T_j)
     terms = (log_p.exp() - log_t.exp()) * (log_p - log_t)
-    if mask is not None:
-        terms = terms.masked_fill(~mask, 0.0)
     rows = terms.sum(-1)
     if reduction == "none":
         return rows

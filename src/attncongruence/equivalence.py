@@ -89,13 +89,13 @@ def project_singular(LV: Tensor, VV: Tensor, masks: Masks) -> tuple[Tensor, Tens
     best, index = fill(LV, masks.LV, -torch.inf).detach().max(-1)
 
     def pick(x: Tensor) -> Tensor:
-        rows = torch.take_along_dim(x, index[..., :, None], -2)
-        return torch.take_along_dim(rows, index[..., None, :], -1)
+        rows = x.gather(-2, index[..., :, None].expand(-1, -1, -1, x.shape[-1]))
+        return rows.gather(-1, index[..., None, :].expand(-1, -1, index.shape[-1], -1))
 
     # R[i, j] = VV[argmax_k LV[i, k], argmax_p LV[j, p]]
     R, counted = pick(VV), masks.LL
     if masks.LL is not None and masks.LV is not None and masks.VV is not None:
-        counted = masks.LL & pick(masks.VV.expand(R.shape[0], -1, *VV.shape[-2:]))
+        counted = masks.LL & pick(masks.VV.expand(*R.shape[:2], *VV.shape[-2:]))
         best = fill(best, masks.LV.any(-1), 0.0)
     # A NaN in LV has no argmax, and one in VV may stand where nothing is picked: neither may pass unseen.
     nan_or_0 = 0 * best[..., None] + 0 * VV.detach().amax((-2, -1), keepdim=True)

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Integer
 from torch import Tensor
 
-from attncongruence._typing import checked, same_device
+from attncongruence._typing import Count, checked, same_device
 
-Tokens = Bool[Tensor, "batch length"] | Int[Tensor, "batch length"]
+Tokens = Bool[Tensor, "batch length"] | Integer[Tensor, "batch length"]
 """A mask of positions as tokenizers give it: bool, or int with 0 for padding."""
 
 
@@ -59,24 +59,28 @@ class TokenLayout:
     @classmethod
     @checked
     def from_n_text(
-        cls, n_text: int | Int[Tensor, " batch"], length: int | None = None, *, mask: Tokens | None = None
+        cls,
+        n_text: Count | Integer[Tensor, " batch"],
+        length: Count | None = None,
+        attention_mask: Tokens | None = None,
     ) -> TokenLayout:
         """Text first, then image: the first `n_text` positions are text, the rest image.
 
         Args:
             n_text: one boundary for all, or `(batch,)`, one for each sample; 0 to `length`.
-            length: length of the joint sequence; may be left out where `mask` gives it.
-            mask: `(batch, length)`, True or 1 at real tokens; the others are ignored.
+            length: length of the joint sequence; may be left out where `attention_mask` gives it.
+            attention_mask: `(batch, length)`, True or 1 at real tokens; the others are ignored.
 
         Raises:
-            ValueError: neither `length` nor `mask`, or a boundary outside 0..length.
+            ValueError: neither `length` nor `attention_mask`, or a boundary outside 0..length.
         """
+        mask = attention_mask
         if mask is not None:
             if length not in (None, mask.shape[1]):
-                raise ValueError(f"length={length}, but mask has {mask.shape[1]} positions: leave length out")
+                raise ValueError(f"length={length}, but the mask has {mask.shape[1]} positions: leave length out")
             length = mask.shape[1]
         if length is None:
-            raise ValueError("from_n_text needs the length of the joint sequence: pass length= or mask=")
+            raise ValueError("from_n_text needs the length of the joint sequence: pass length= or attention_mask=")
         boundary = torch.as_tensor(n_text, device=None if mask is None else mask.device).reshape(-1, 1)
         if isinstance(n_text, Tensor):
             same_device(n_text=n_text, mask=mask)
@@ -88,8 +92,14 @@ class TokenLayout:
 
     @classmethod
     @checked
+    def from_masks(cls, text: Tokens, image: Tokens) -> TokenLayout:
+        """The constructor for masks of any kind: `(batch, length)`, True or 1 at text and at image tokens."""
+        return cls(text.bool(), image.bool())
+
+    @classmethod
+    @checked
     def from_segments(
-        cls, text: Tokens, image: Bool[Tensor, "batch image"] | Int[Tensor, "batch image"]
+        cls, text: Tokens, image: Bool[Tensor, "batch image"] | Integer[Tensor, "batch image"]
     ) -> TokenLayout:
         """Two padded segments, text first: each mask speaks of its own segment, as in ViLT and VisualBERT.
 
@@ -107,7 +117,11 @@ class TokenLayout:
     @classmethod
     @checked
     def from_token_type_ids(
-        cls, token_type_ids: Int[Tensor, "batch length"], attention_mask: Tokens | None = None, *, image_type: int = 1
+        cls,
+        token_type_ids: Integer[Tensor, "batch length"],
+        attention_mask: Tokens | None = None,
+        *,
+        image_type: Count = 1,
     ) -> TokenLayout:
         """Image where the token type is `image_type`, text where it is anything else (VisualBERT: 1 is image).
 
@@ -122,7 +136,7 @@ class TokenLayout:
     @classmethod
     @checked
     def from_input_ids(
-        cls, input_ids: Int[Tensor, "batch length"], image_token_id: int, attention_mask: Tokens | None = None
+        cls, input_ids: Integer[Tensor, "batch length"], image_token_id: Count, attention_mask: Tokens | None = None
     ) -> TokenLayout:
         """Image where `input_ids` holds the image placeholder, text elsewhere: LLaVA-style interleaved sequences.
 
@@ -159,8 +173,11 @@ class TokenLayout:
         keep = ~special.bool()
         return TokenLayout(self.text & keep, self.image & keep)
 
-    def __getitem__(self, samples: slice | Tensor | list[int]) -> TokenLayout:
-        """The layout of some samples: `layout[positives]`."""
+    def __getitem__(self, samples: int | slice | Tensor | list[int]) -> TokenLayout:
+        """The layout of some samples: `layout[positives]`. One row serves every sample, and so any of them."""
+        if self.text.shape[0] == 1:
+            return self
+        samples = [samples] if isinstance(samples, int) else samples
         return TokenLayout(self.text[samples], self.image[samples])
 
     def to(self, device: torch.device | str) -> TokenLayout:

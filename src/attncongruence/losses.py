@@ -11,7 +11,7 @@ from attncongruence.blocks import Attention, Mask, NText, Quadrants
 from attncongruence.conventions import RELEASED, Convention
 from attncongruence.divergence import symmetric_kl
 from attncongruence.equivalence import Masks, equivalence, fill, project, project_singular
-from attncongruence.sides import Side, loss_of
+from attncongruence.sides import Side, check_options, loss_of
 
 
 @checked
@@ -32,7 +32,8 @@ def cacr_loss(
 
     Args:
         attention: one layer's pre-softmax scores, `(batch, heads, length, length)` or `(batch, length, length)`, a
-            captured layer, or `AttentionBlocks`. For `RELEASED`, `probs.log()` will do instead of scores.
+            captured layer, or `AttentionBlocks`. For `RELEASED`, `probs.log()` will do instead of scores, as long as
+            each row of a block keeps some probability.
         n_text: number of text tokens, which come first, as an int or `(batch,)`; or a `TokenLayout`. Left out for
             `AttentionBlocks` alone.
         mask: `(batch, length)`, True or 1 at real tokens; or which pairs may attend, bool, `(batch, length, length)`
@@ -44,12 +45,15 @@ def cacr_loss(
 
     Returns:
         The loss in nats, >= 0: a scalar, or `(batch,)` for `"none"`. A sample without text or without image is
-        exactly 0 and passes no gradient. Computed in float32 for half precision, also under autocast.
+        exactly 0 and passes no gradient. Computed in float32 for half precision, also under autocast (call backward
+        outside of it, as PyTorch advises: inside, autocast rounds the gradient). Padding and boundaries cost no wait
+        for the device, a mask of pairs or a boundary for each sample costs one.
 
     Raises:
         jaxtyping.TypeCheckError: scores not square or not floating point, masks or n_text of another shape or dtype.
         ValueError: an unknown option, a boundary out of range, a layout of another size, tensors on several devices,
-            a direction whose cross-modal block does not exist (causal decoders, blocks without VL).
+            a direction whose cross-modal block does not exist (causal decoders, blocks without VL). Under
+            `torch.compile` neither error is raised for what only the values of a tensor can tell, nor for shapes.
 
     Source:
         CACR (Pandey et al., ACL 2023), Eq. 3 to 5 and Algorithm 1; `docs/paper-map.md`.
@@ -68,7 +72,7 @@ def cacr_loss(
         # m-KL(sigma(E VV E^T), sigma(LL))
         return symmetric_kl(project(equivalence(maps.LV, masks.LV, convention), maps.VV), target, masks.LL)
 
-    side = Side(rows, convention, softmax_target=convention.target_softmax)
+    side = Side(rows, convention, log_target=not convention.target_softmax)
     return loss_of(attention, n_text, mask, side, direction, reduction, impl)
 
 
@@ -114,11 +118,6 @@ def iais_loss(
         tensor(0.2747)
     """
     one_of("alignment", alignment, ("singular", "distributed"))
-    if alignment == "distributed" and convention.blocks != "probabilities":
-        raise ValueError(
-            "alignment='distributed' is not defined on raw scores: use a convention with blocks='probabilities', "
-            "such as RELEASED, or alignment='singular'"
-        )
 
     def singular(maps: Quadrants[Tensor], target: Tensor, masks: Masks) -> Tensor:
         R, counted = project_singular(maps.LV, maps.VV, masks)
@@ -133,20 +132,31 @@ def iais_loss(
         return (P * (log_P - (T + eps).log()) + T * (log_T - (P + eps).log())).sum(-1)
 
     if alignment == "singular":
-        side = Side(singular, convention, softmax_target=convention.iais_target_softmax)
+        side = Side(singular, convention, log_target=not convention.iais_target_softmax)
     else:
-        side = Side(distributed, convention, softmax_target=True, there_and_back=True)
+        side = Side(distributed, convention, there_and_back=True)
     return loss_of(attention, n_text, mask, side, direction, reduction, impl)
 
 
 class CACRLoss(nn.Module):
-    """`cacr_loss` as a module, for frameworks that want one; options as there."""
+    """`cacr_loss` as a module, for frameworks that want one; options and errors as there.
+
+    Example:
+        >>> CACRLoss(direction="language")(torch.zeros(1, 5, 5), n_text=2)
+        tensor(0.)
+    """
 
     def __init__(
-        self, convention: Convention = RELEASED, direction: Direction = "both", reduction: Reduction = "mean"
+        self,
+        convention: Convention = RELEASED,
+        *,
+        direction: Direction = "both",
+        reduction: Reduction = "mean",
+        impl: Impl = "auto",
     ) -> None:
         super().__init__()
-        self.convention, self.direction, self.reduction = convention, direction, reduction
+        check_options(convention, direction, reduction, impl)
+        self.convention, self.direction, self.reduction, self.impl = convention, direction, reduction, impl
 
     def forward(self, attention: Attention, n_text: NText = None, mask: Mask | None = None) -> Tensor:
         """`cacr_loss(attention, n_text, mask=mask)` with the module's options."""
@@ -157,6 +167,7 @@ class CACRLoss(nn.Module):
             convention=self.convention,
             direction=self.direction,
             reduction=self.reduction,
+            impl=self.impl,
         )
 
     def extra_repr(self) -> str:
@@ -165,16 +176,19 @@ class CACRLoss(nn.Module):
 
 
 class IAISLoss(CACRLoss):
-    """`iais_loss` as a module; options as there."""
+    """`iais_loss` as a module; options and errors as there."""
 
     def __init__(
         self,
-        alignment: Alignment = "singular",
         convention: Convention = RELEASED,
+        *,
+        alignment: Alignment = "singular",
         direction: Direction = "both",
         reduction: Reduction = "mean",
+        impl: Impl = "auto",
     ) -> None:
-        super().__init__(convention, direction, reduction)
+        super().__init__(convention, direction=direction, reduction=reduction, impl=impl)
+        one_of("alignment", alignment, ("singular", "distributed"))
         self.alignment = alignment
 
     def forward(self, attention: Attention, n_text: NText = None, mask: Mask | None = None) -> Tensor:
@@ -187,6 +201,7 @@ class IAISLoss(CACRLoss):
             convention=self.convention,
             direction=self.direction,
             reduction=self.reduction,
+            impl=self.impl,
         )
 
     def extra_repr(self) -> str:

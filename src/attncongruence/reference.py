@@ -1,6 +1,6 @@
 """The oracles: Algorithm 1 of CACR and its hard-aligned ancestor, literal loops over (sample, head, i, j).
 
-Slow on purpose, and written apart from the fast code: nothing of `losses`, `equivalence` or `divergence` is used here.
+Slow on purpose, and written apart from the fast code: they share how input is read and refused, and no mathematics.
 Each sample is cut to its own tokens first, so there is no mask below but which pairs may attend. Gradients flow.
 """
 
@@ -11,9 +11,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from attncongruence._typing import Alignment, Direction, Reduction, checked
-from attncongruence.blocks import Attention, AttentionBlocks, Mask, NText, as_blocks
+from attncongruence._typing import Alignment, Direction, Impl, Reduction, checked, one_of
+from attncongruence.blocks import Attention, AttentionBlocks, Mask, NText
 from attncongruence.conventions import RELEASED, Convention
+from attncongruence.divergence import at_least_float32
+from attncongruence.sides import prepare, zeros
 
 Maps = dict[str, Tensor]
 
@@ -27,8 +29,9 @@ def soft_equivalence_loop(
     convention: Convention = RELEASED,
     direction: Direction = "both",
     reduction: Reduction = "mean",
+    impl: Impl = "auto",
 ) -> Tensor:
-    """CACR by Algorithm 1: same arguments and result as `cacr_loss`, one entry of R after the other.
+    """CACR by Algorithm 1: same arguments, errors and result as `cacr_loss`, one entry of R after the other.
 
     Source:
         CACR (Pandey et al., ACL 2023), Algorithm 1: for each pair (i, j) of text tokens, the mean of VV with weights
@@ -46,7 +49,7 @@ def soft_equivalence_loop(
         R = [[(E[i][:, None] * E[j][None, :] * VV).sum() for j in N] for i in N]
         return [_m_kl(torch.stack(R[i]), maps["LL"][i], pairs["LL"][i], convention.target_softmax) for i in N]
 
-    return _loop(attention, n_text, mask, convention, direction, reduction, rows)
+    return _loop(attention, n_text, mask, convention, direction, reduction, impl, rows)
 
 
 @checked
@@ -59,8 +62,9 @@ def hard_equivalence_loop(
     convention: Convention = RELEASED,
     direction: Direction = "both",
     reduction: Reduction = "mean",
+    impl: Impl = "auto",
 ) -> Tensor:
-    """IAIS entry by entry: same arguments and result as `iais_loss`.
+    """IAIS entry by entry: same arguments, errors and result as `iais_loss`.
 
     Source:
         IAIS (Ren et al., ACL 2021), Section 3, and its released code.
@@ -91,8 +95,9 @@ def hard_equivalence_loop(
             losses.append(loss)
         return losses
 
+    one_of("alignment", alignment, ("singular", "distributed"))
     rows = singular if alignment == "singular" else distributed
-    return _loop(attention, n_text, mask, convention, direction, reduction, rows)
+    return _loop(attention, n_text, mask, convention, direction, reduction, impl, rows, alignment == "distributed")
 
 
 def _loop(
@@ -100,16 +105,18 @@ def _loop(
     n_text: NText,
     mask: Tensor | None,
     convention: Convention,
-    direction: str,
-    reduction: str,
+    direction: Direction,
+    reduction: Reduction,
+    impl: Impl,
     rows: Callable[[Maps, Maps], list[Tensor]],
+    there_and_back: bool = False,
 ) -> Tensor:
     """Loop over samples and directions, cut each sample to its own tokens, and reduce."""
-    blocks = as_blocks(attention, n_text, mask)
+    blocks, _ = prepare(attention, n_text, mask, convention, direction, reduction, impl, there_and_back)
     losses, present = [], 0
     for sample in range(blocks.LL.shape[0]):
         text, image = (m[sample].nonzero()[:, 0] for m in (blocks.text_mask, blocks.image_mask))
-        loss = blocks.LL[sample, :0].sum()  # 0, in the graph also of a batch where nothing is to be done
+        loss = zeros(blocks)[sample]
         if len(text) and len(image):
             present += 1
             scores, pairs = _sample(blocks, sample, {"L": text, "V": image})
@@ -118,7 +125,7 @@ def _loop(
             if direction in ("both", "vision"):
                 loss = loss + _one_side(_swapped(scores), _swapped(pairs), convention, rows)
         losses.append(loss)
-    each = torch.stack(losses)
+    each = torch.stack(losses) if losses else zeros(blocks)
     return {"none": each, "sum": each.sum(), "mean": each.sum() / max(present, 1)}[reduction]
 
 
@@ -133,7 +140,7 @@ def _sample(blocks: AttentionBlocks, sample: int, tokens: dict[str, Tensor]) -> 
         allowed = torch.ones_like(block, dtype=torch.bool)
         if blocks.allowed is not None:
             allowed = allowed & getattr(blocks.allowed, name)
-        scores[name] = block[sample][:, rows][:, :, columns]
+        scores[name] = at_least_float32(block[sample][:, rows][:, :, columns])
         pairs[name] = allowed[sample][:, rows][:, :, columns]
     return scores, pairs
 

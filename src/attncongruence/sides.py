@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attncongruence._typing import one_of
+from attncongruence._typing import Direction, Impl, Reduction, checked, one_of
 from attncongruence.blocks import Attention, AttentionBlocks, NText, Quadrants, as_blocks
 from attncongruence.conventions import Convention
 from attncongruence.divergence import at_least_float32
@@ -23,14 +23,14 @@ class Side:
     rows: Callable[[Quadrants[Tensor], Tensor, Masks], Tensor]
     """Maps, target and masks to one divergence a row, `(batch, heads, N)`."""
     convention: Convention
-    softmax_target: bool
-    """Whether the target map is logits of the m-KL, to be softmaxed, rather than its distribution."""
+    log_target: bool = False
+    """Whether the target is a distribution whose logarithm is wanted: the logits of an m-KL without a softmax."""
     there_and_back: bool = False
     """Whether the language side looks at VL too."""
 
     def __call__(self, blocks: AttentionBlocks, maps: Quadrants[Tensor], masks: Masks) -> Tensor:
         """The loss of each sample, `(batch,)`."""
-        target = maps.LL if self.softmax_target else log_attention_map(blocks.LL, masks.LL, self.convention)
+        target = log_attention_map(blocks.LL, masks.LL, self.convention) if self.log_target else maps.LL
         if self.convention.heads == "mean_map":
             masks = Quadrants(*(None if mask is None else mask.any(1, keepdim=True) for mask in masks))
         counted = without_unmatched(masks)
@@ -47,23 +47,19 @@ def loss_of(
     n_text: NText,
     mask: Tensor | None,
     side: Side,
-    direction: str,
-    reduction: str,
-    impl: str,
+    direction: Direction,
+    reduction: Reduction,
+    impl: Impl,
 ) -> Tensor:
     """The loss that a side defines, in one direction or both, over the batch."""
-    one_of("direction", direction, ("both", "language", "vision"))
-    one_of("reduction", reduction, ("mean", "sum", "none"))
-    one_of("impl", impl, ("auto", "dense"))
-    blocks = as_blocks(attention, n_text, mask)
-    cross = {"language": ("LV",), "vision": ("VL",), "both": ("LV", "VL")}[direction]
-    _check(blocks, side.convention, ("LV", "VL") if side.there_and_back else cross)
+    blocks, masks = prepare(attention, n_text, mask, side.convention, direction, reduction, impl, side.there_and_back)
     if blocks.LV.numel():
+        if direction == "vision":
+            blocks, masks = blocks.swap(), masks.swap()
         with _no_autocast(blocks.LL.device):
-            per_sample = _dense(blocks.swap() if direction == "vision" else blocks, side, both=direction == "both")
+            per_sample = _dense(blocks, masks, side, both=direction == "both")
     else:
-        # No text or no image anywhere: an empty sum is exactly 0 and passes a gradient of exactly 0.
-        per_sample = at_least_float32(blocks.LV).sum((1, 2, 3))
+        per_sample = zeros(blocks)
     if reduction == "none":
         return per_sample
     if reduction == "sum":
@@ -72,10 +68,68 @@ def loss_of(
     return per_sample.sum() / present.sum().clamp(min=1)
 
 
-def _dense(blocks: AttentionBlocks, side: Side, both: bool) -> Tensor:
-    """The loss of each sample, every map built."""
+@checked
+def check_options(convention: Convention, direction: Direction, reduction: Reduction, impl: Impl) -> None:
+    """Refuse unknown words."""
+    one_of("direction", direction, ("both", "language", "vision"))
+    one_of("reduction", reduction, ("mean", "sum", "none"))
+    one_of("impl", impl, ("auto", "dense"))
+
+
+def zeros(blocks: AttentionBlocks) -> Tensor:
+    """`(batch,)` sums of nothing: exactly 0, with a gradient of exactly 0."""
+    return at_least_float32(blocks.LV)[..., :0].sum((1, 2, 3))
+
+
+def prepare(
+    attention: Attention,
+    n_text: NText,
+    mask: Tensor | None,
+    convention: Convention,
+    direction: Direction,
+    reduction: Reduction,
+    impl: Impl,
+    there_and_back: bool,
+) -> tuple[AttentionBlocks, Masks]:
+    """Blocks and the entries that count in them, or an error for what has no meaning: the oracles ask here too."""
+    check_options(convention, direction, reduction, impl)
+    if there_and_back and convention.blocks != "probabilities":
+        raise ValueError(
+            "alignment='distributed' is not defined on raw scores: use a convention with blocks='probabilities', "
+            "such as RELEASED, or alignment='singular'"
+        )
+    blocks = as_blocks(attention, n_text, mask)
+    cross = {"language": ("LV",), "vision": ("VL",), "both": ("LV", "VL")}[direction]
+    cross = ("LV", "VL") if there_and_back else cross
+    for name in cross:
+        if getattr(blocks, name) is None:
+            raise ValueError(f"these blocks have no {name}, which this loss and direction need: {_REMEDY[name]}")
+    heads = sorted({getattr(blocks, name).shape[1] for name in ("LL", "VV", *cross)})
+    if convention.heads == "mean_loss" and len(heads) > 1:
+        raise ValueError(
+            f"the blocks have different numbers of heads, {heads}, and a loss per head needs equal ones: "
+            "use a convention with heads='mean_map'"
+        )
     masks = entries(blocks)
-    # Without the reverse direction nothing looks at VL: its map is spared.
+    # Whether a decoder hides a whole block is known to its masks alone: one wait for the device, for pair masks only.
+    if blocks.allowed is not None and not torch.compiler.is_compiling() and not blocks.LL.is_meta:
+        both = (blocks.text_mask.any(-1) & blocks.image_mask.any(-1)).any()
+        some = torch.stack([both, *(getattr(masks, name).any() for name in cross)]).tolist()
+        for name, seen in zip(cross, some[1:], strict=True):
+            if some[0] and not seen:
+                raise ValueError(f"no pair of {name} may attend, as in causal decoders: {_REMEDY[name]}")
+    return blocks, masks
+
+
+_REMEDY = {
+    "LV": "text tokens must see image tokens; direction='vision' of cacr_loss or of singular alignment does without",
+    "VL": "image tokens must see text tokens; direction='language' of cacr_loss or of singular alignment does without",
+}
+
+
+def _dense(blocks: AttentionBlocks, masks: Masks, side: Side, both: bool) -> Tensor:
+    """The loss of each sample, every map built."""
+    # Without the reverse direction nothing looks at VL: its place in the maps stays empty.
     VL = blocks.VL if both or side.there_and_back else None
     maps = Quadrants(
         *(
@@ -85,33 +139,6 @@ def _dense(blocks: AttentionBlocks, side: Side, both: bool) -> Tensor:
     )
     loss = side(blocks, maps, masks)
     return loss + side(blocks.swap(), maps.swap(), masks.swap()) if both else loss
-
-
-def _check(blocks: AttentionBlocks, convention: Convention, cross: tuple[str, ...]) -> None:
-    """Refuse what has no meaning: heads that don't match, a cross-modal block that does not exist."""
-    heads = sorted({block.shape[1] for block in (blocks.LL, blocks.LV, blocks.VV)})
-    if convention.heads == "mean_loss" and len(heads) > 1:
-        raise ValueError(
-            f"the blocks have different numbers of heads, {heads}, and a loss per head needs equal ones: "
-            "use a convention with heads='mean_map'"
-        )
-    for name in cross:
-        if getattr(blocks, name) is None:
-            raise ValueError(f"these blocks have no {name}, which this loss and direction need: {_REMEDY[name]}")
-    if blocks.allowed is None or torch.compiler.is_compiling():
-        return
-    present = (blocks.text_mask.any(-1) & blocks.image_mask.any(-1)).any()
-    masks = entries(blocks)
-    for name in cross:
-        mask = getattr(masks, name)
-        if present and not mask.any():
-            raise ValueError(f"no pair of {name} may attend, as in causal decoders: {_REMEDY[name]}")
-
-
-_REMEDY = {
-    "LV": "text tokens must see image tokens; direction='vision' of cacr_loss or of singular alignment does without",
-    "VL": "image tokens must see text tokens; direction='language' of cacr_loss or of singular alignment does without",
-}
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:

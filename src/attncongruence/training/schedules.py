@@ -8,10 +8,12 @@ Source: `training_signal_annealing.py` of both released codes; CACR's runs used 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
 Schedule = Callable[[int], float]
+Shape = Callable[[float, float], float]
 
 
 def exponential_warmup(total_steps: int, scale: float = 5.0) -> Schedule:
@@ -29,7 +31,7 @@ def exponential_warmup(total_steps: int, scale: float = 5.0) -> Schedule:
         >>> round(weight(0), 6), weight(5000)
         (0.006738, 1.0)
     """
-    return _schedule(total_steps, scale, lambda progress: math.exp(scale * (progress - 1)))
+    return _schedule(total_steps, scale, _exponential)
 
 
 def linear_warmup(total_steps: int) -> Schedule:
@@ -39,7 +41,7 @@ def linear_warmup(total_steps: int) -> Schedule:
         >>> linear_warmup(total_steps=4)(1)
         0.25
     """
-    return _schedule(total_steps, 1.0, lambda progress: progress)
+    return _schedule(total_steps, 1.0, _linear)
 
 
 def logarithmic_warmup(total_steps: int, scale: float = 5.0) -> Schedule:
@@ -49,7 +51,7 @@ def logarithmic_warmup(total_steps: int, scale: float = 5.0) -> Schedule:
         >>> round(logarithmic_warmup(total_steps=5)(1), 6)
         0.632121
     """
-    return _schedule(total_steps, scale, lambda progress: 1 - math.exp(-scale * progress))
+    return _schedule(total_steps, scale, _logarithmic)
 
 
 def constant(total_steps: int | None = None) -> Schedule:
@@ -59,18 +61,38 @@ def constant(total_steps: int | None = None) -> Schedule:
         >>> constant()(123)
         1.0
     """
-    return lambda step: 1.0
+    return _schedule(1, 1.0, _constant)
 
 
-def _schedule(total_steps: int, scale: float, shape: Callable[[float], float]) -> Schedule:
+def _schedule(total_steps: int, scale: float, shape: Shape) -> Schedule:
     if total_steps < 1:
         raise ValueError(f"total_steps={total_steps} must be >= 1: the number of steps over which the weight rises")
     if not scale > 0:
         raise ValueError(f"scale={scale} must be > 0")
+    # Not a closure: what holds a schedule can be pickled along with it.
+    return functools.partial(_weight, shape, scale, total_steps)
 
-    def weight(step: int) -> float:
-        if step < 0:
-            raise ValueError(f"step={step} must be >= 0: steps are counted from 0")
-        return shape(min(step / total_steps, 1.0))
 
-    return weight
+def _weight(shape: Shape, scale: float, total_steps: int, step: int) -> float:
+    if step < 0:
+        raise ValueError(f"step={step} must be >= 0: steps are counted from 0")
+    return shape(min(step / total_steps, 1.0), scale)
+
+
+def _exponential(progress: float, scale: float) -> float:
+    # exp(scale (t/T - 1))
+    return math.exp(scale * (progress - 1))
+
+
+def _linear(progress: float, scale: float) -> float:
+    # t/T
+    return progress
+
+
+def _logarithmic(progress: float, scale: float) -> float:
+    # 1 - exp(-scale t/T)
+    return 1 - math.exp(-scale * progress)
+
+
+def _constant(progress: float, scale: float) -> float:
+    return 1.0
