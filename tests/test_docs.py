@@ -5,20 +5,33 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import conventions
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# One section is one session: its later blocks see what earlier ones defined.
+SECTIONS = {
+    f"{page.name}, {section.splitlines()[0]}": blocks
+    for page in PAGES
+    for section in re.split(r"^##? ", page.read_text(), flags=re.MULTILINE)[1:]
+    if (blocks := re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL))
+}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_code_runs(page):
-    # One page is one session: later blocks see what earlier ones defined.
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("section", SECTIONS)
+def test_code_runs(section):
+    torch.manual_seed(0)
     names = {"__name__": "__docs__"}
-    for code in BLOCK.findall(page.read_text()):
-        exec(compile(code, str(page), "exec"), names)
+    for code in SECTIONS[section]:
+        exec(compile(code, section, "exec"), names)
+
+
+def test_each_kind_of_model_has_code():
+    kinds = ["Text-first encoders", "Image-first decoders", "Interleaved sequences", "Dual streams", "Cross-attention"]
+    assert {f"capture.md, {kind}" for kind in [*kinds, "timm", "Your own module"]} <= set(SECTIONS)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,0 +1,58 @@
+"""Hook objects: inert in copies of a model, and left alone by `torch.compile` where they must not be traced."""
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class Hook:
+    """A bound method that becomes a function of no effect in a copy or a pickle."""
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self.call = call
+
+    def __call__(self, *args: Any) -> None:  # noqa: D102
+        self.call(*args)
+
+    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        return _inert_hook, ()
+
+
+@functools.cache
+def uncompiled_hook() -> type[Hook]:
+    """A hook that `torch.compile` leaves alone. Made late: it imports dynamo, as optimizers do, but torch does not."""
+    call = torch.compiler.disable(Hook.__call__)
+    return type("UncompiledHook", (Hook,), {"__call__": call})
+
+
+@functools.cache
+def eager_pass_hooks() -> tuple[type[Hook], type[Hook]]:
+    """A pair of hooks; the first switches `torch.compile` off for the forward pass it opens, the second on again."""
+    from torch._C._dynamo.eval_frame import set_eval_frame
+    from torch._dynamo.decorators import skip
+
+    compiler = threading.local()
+
+    def open_pass(self: Hook, *args: Any) -> None:
+        compiler.callback = set_eval_frame(None)
+        self.call(*args)
+
+    def close_pass(self: Hook, *args: Any) -> None:
+        self.call(*args)
+        set_eval_frame(getattr(compiler, "callback", None))
+
+    return (
+        type("OpensEagerPass", (Hook,), {"__call__": skip(open_pass)}),
+        type("ClosesEagerPass", (Hook,), {"__call__": skip(close_pass)}),
+    )
+
+
+def _inert_hook() -> Callable[..., None]:
+    return nothing
+
+
+def nothing(*args: object) -> None:
+    """Does just that."""

@@ -1,0 +1,209 @@
+"""Which layers are meant: candidates, names, wildcards, modules, indices; and errors that say what to do."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attncongruence.capture import capture_attention, find_attention
+from tests.test_capture_hooks import Attention, Stack
+from tests.zoo import CASES, run
+
+X = torch.linspace(-1, 1, 160).view(2, 5, 16)
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+@pytest.mark.parametrize("name", CASES)
+def test_find_attention_lists_the_layers_that_attend(name):
+    case = CASES[name]
+    model, _ = case.build()
+    found = find_attention(model)
+    for layer in case.layers.values():
+        assert found[layer.path] == type(model.get_submodule(layer.path)).__name__
+    parents = [one for one in found for other in found if other.startswith(f"{one}.")]
+    assert parents == []
+
+
+def test_projections_give_an_attention_away_whatever_its_class_is_called():
+    class Mixer(nn.Module):
+        def __init__(self, names: tuple[str, ...]) -> None:
+            super().__init__()
+            for name in names:
+                self.add_module(name, nn.Linear(2, 2))
+
+    model = nn.Sequential(Mixer(("q_proj", "k_proj", "v_proj")), Mixer(("qkv", "out")), Mixer(("up", "down")))
+    assert find_attention(model) == {"0": "Mixer", "1": "Mixer"}
+
+
+def test_layers_by_index_name_wildcard_and_module():
+    model = Stack(3)
+    chosen = {
+        "first": (0, ["layers.0"]),
+        "two": ([0, -1], ["layers.0", "layers.2"]),
+        "name": ("layers.1", ["layers.1"]),
+        "wildcard": ("*.[12]", ["layers.1", "layers.2"]),
+        "module": (model.layers[2], ["layers.2"]),
+        "modules": ([model.layers[2], "layers.0"], ["layers.0", "layers.2"]),
+    }
+    for layers, expected in chosen.values():
+        with capture_attention(model, layers) as capture:
+            for _ in range(2):
+                model(X)
+                assert [record.layer for record in capture.pop_all()] == expected
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ("layers.7", "no module is called 'layers.7'. Modules that look like attention: layers.0, layers.1"),
+        ("encoder.*", r"no module is called 'encoder.\*'"),
+        (nn.Linear(1, 1), "the given Linear is not a module of this Stack"),
+        ([], "layers is empty"),
+        (True, "layers has True, a bool"),
+        ([1.5], "layers has 1.5, a float"),
+    ],
+)
+def test_rejects_layers_that_are_not_there(layers, message):
+    model = Stack()
+    with pytest.raises(ValueError, match=message):
+        capture_attention(model, layers)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_an_index_out_of_range_says_how_many_there_are():
+    model = Stack()
+    with capture_attention(model, 2) as capture:
+        for _ in range(2):
+            model(X)
+            with pytest.raises(RuntimeError, match=r"ran 2. Attention seen.*layers.0 \(5 x 5\), layers.1 \(5 x 5\)"):
+                capture.pop()
+
+
+class Sink(Attention):
+    """One learned extra key that takes attention away from all others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        scores = q @ k.transpose(-1, -2)
+        scores = torch.cat([scores, torch.ones(*scores.shape[:-1], 1)], -1)
+        return (scores.softmax(-1)[..., :-1] @ v).transpose(1, 2).flatten(2)
+
+
+class Linear(Attention):
+    """Linear attention: no scores anywhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return q.softmax(-1) @ (k.softmax(1).transpose(1, 2) @ v)
+
+
+class ByHand(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        weights = (q @ k.transpose(1, 2)).exp()
+        return weights / weights.sum(-1, keepdim=True) @ v
+
+
+class Gated(Attention):
+    """A router (softmax over experts) and a distribution over heads beside the attention."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.qkv(x)[..., :5].softmax(-1)
+        return super().forward(x) * gate.mean()
+
+
+def test_attention_sinks_are_told_by_their_extra_key():
+    model = nn.Sequential(Sink())
+    with capture_attention(model) as capture:
+        model(X)
+        with pytest.raises(RuntimeError, match=r"ran 0. Attention seen, queries x keys: 0 \(5 x 6\)"):
+            capture.pop()
+
+
+@pytest.mark.parametrize("layer", [Linear, ByHand])
+@pytest.mark.parametrize("layers", [-1, "0"])
+def test_attention_without_a_softmax_over_scores_is_never_an_empty_result(layer, layers):
+    model = nn.Sequential(layer())
+    with capture_attention(model, layers) as capture:
+        for _ in range(2):
+            model(X)
+            if layer is Linear and layers == "0":
+                return  # asked for by name, its softmaxes are given as they are
+            with pytest.raises(RuntimeError, match=r"(?s)linear attention.*look like attention"):
+                capture.pop()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_torchscript_says_what_it_cannot_see():
+    model = nn.Sequential(torch.jit.trace(Attention(fused=False), X))
+    with capture_attention(model) as capture:
+        model(X)
+        with pytest.raises(RuntimeError, match="TorchScript"):
+            capture.pop()
+
+
+@pytest.mark.parametrize("layers", [-1, "0"])
+def test_a_gate_is_not_taken_for_attention(layers):
+    model = nn.Sequential(Gated(fused=False))
+    with capture_attention(model, layers) as capture:
+        for _ in range(2):
+            model(X)
+            assert capture.pop().scores.shape == (2, 2, 5, 5)
+
+
+def test_cross_attention_with_as_many_queries_as_keys_is_not_the_last_self_attention():
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.frames = nn.Embedding(9, 16), nn.Linear(4, 16)
+            self.own = nn.MultiheadAttention(16, 2, batch_first=True)
+            self.cross = nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, ids: Tensor, frames: Tensor) -> Tensor:
+            x, y = self.words(ids), self.frames(frames)
+            x = x + self.own(x, x, x)[0]
+            return x + self.cross(x, y, y)[0]
+
+    model = Decoder()
+    with capture_attention(model) as capture:
+        model(torch.arange(5)[None], torch.randn(1, 5, 4))
+        assert capture.pop().layer == "own"
+
+
+def test_windows_keep_their_own_batch():
+    class Windowed(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (t.unflatten(-1, (2, 8)) for t in self.qkv(x.unflatten(1, (-1, 4))).chunk(3, -1))
+            q, k, v = (t.transpose(2, 3).flatten(0, 1) for t in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v)
+            return out.unflatten(0, (x.shape[0], -1)).transpose(2, 3).flatten(3).flatten(1, 2)
+
+    x = torch.randn(2, 12, 16)
+    with capture_attention(Windowed()) as capture:
+        capture.model(x)
+        assert capture.pop().scores.shape == (6, 2, 4, 4)
+
+
+def test_real_models_need_no_index_but_an_encoder_decoder_needs_a_name():
+    model, inputs = CASES["florence2"].build()
+    with capture_attention(model) as last, capture_attention(model, "*.encoder.layers.1.self_attn") as named:
+        run(model, inputs)
+        assert last.pop().layer == "model.language_model.decoder.layers.1.self_attn"
+        assert named.pop().layer == "model.language_model.encoder.layers.1.self_attn"
+
+
+def test_a_bare_attention_module_attends_to_its_own_input():
+    class Projections(Attention):
+        """Three projections of an input that no module made: still one stream."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.q(x) @ self.k(x).mT).softmax(-1) @ x
+
+    model = Projections()
+    with capture_attention(model) as capture:
+        model(X)
+        assert capture.pop().layer == ""
