@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from attncongruence._typing import Count, checked, same_device
-from attncongruence.layout import TokenLayout, Tokens, check_boundary
+from attncongruence.layout import Stretch, TokenLayout, Tokens, check_boundary
 
 T = TypeVar("T")
 Scores = Float[Tensor, "batch heads length length"] | Float[Tensor, "batch length length"]
@@ -170,12 +170,12 @@ def split_attention(
             "pass scores (batch, heads, length, length), or a mask (batch, length, length)"
         )
     tokens, pairs = _tokens_and_pairs(mask, length)
-    where: tuple[slice, slice] | tuple[Tensor, Tensor]
+    where: tuple[Stretch, Stretch] | tuple[Tensor, Tensor]
     if not isinstance(n_text, Tensor | TokenLayout):
         check_boundary(n_text, length)
         real = torch.ones((), dtype=torch.bool, device=S.device) if tokens is None else tokens
         text = image = real.expand(batch, length)
-        where = (slice(None, n_text), slice(n_text, None))
+        where = (0, n_text), (n_text, length)
     else:
         layout = _layout(n_text, tokens, batch, length)
         text, image = layout.text.expand(batch, length), layout.image.expand(batch, length)
@@ -183,7 +183,7 @@ def split_attention(
             where = layout.extent.spans
         else:
             where = (_first(text, layout.extent.max_text), _first(image, layout.extent.max_image))
-    masks = _take(text, where[0], 1), _take(image, where[1], 1)
+    masks = _take(text, *where, dim=1)[0], _take(image, *where, dim=1)[1]
     allowed = None if pairs is None else _quadrants(pairs.expand(batch, -1, length, length), *where)
     padded = tokens is not None or isinstance(n_text, Tensor | TokenLayout)
     return AttentionBlocks(*_quadrants(S, *where), *masks, allowed, padded)
@@ -245,19 +245,25 @@ def _first(mask: Tensor, longest: int) -> Tensor:
     return (~mask).int().argsort(dim=1, stable=True)[:, :longest]
 
 
-def _quadrants(S: Tensor, text: slice | Tensor, image: slice | Tensor) -> Quadrants[Tensor]:
+def _quadrants(S: Tensor, text: Stretch | Tensor, image: Stretch | Tensor) -> Quadrants[Tensor]:
     """Eq. 2: rows first, then columns; views for stretches, gathered for positions."""
-    of_text, of_image = _take(S, text, -2), _take(S, image, -2)
-    LL, LV = _take(of_text, text, -1), _take(of_text, image, -1)
-    VL, VV = _take(of_image, text, -1), _take(of_image, image, -1)
+    of_text, of_image = _take(S, text, image, -2)
+    (LL, LV), (VL, VV) = _take(of_text, text, image, -1), _take(of_image, text, image, -1)
     return Quadrants(LL, LV, VL, VV)
 
 
-def _take(x: Tensor, index: slice | Tensor, dim: int) -> Tensor:
-    """A stretch of a dimension, as a view, or each sample's own positions of it."""
-    dim %= x.dim()
-    if isinstance(index, slice):
-        return x[(slice(None),) * dim + (index,)]
+def _take(x: Tensor, text: Stretch | Tensor, image: Stretch | Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Text and image of one dimension: two stretches of it, as views, or each sample's own positions."""
+    if isinstance(text, Tensor) or isinstance(image, Tensor):
+        return _gather(x, text, dim), _gather(x, image, dim)  # type: ignore[arg-type]
+    in_order = text[1] <= image[0]
+    (a, b), (c, d) = (text, image) if in_order else (image, text)
+    # One split: its backward is one concatenation, that of slices fills all of x with zeros for each of them.
+    _, first, _, second, _ = x.split([a, b - a, c - b, d - c, x.shape[dim] - d], dim)
+    return (first, second) if in_order else (second, first)
+
+
+def _gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
     # Not take_along_dim: its broadcasting makes torch.compile a graph for each batch size.
     shape, wide = [index.shape[0]] + [1] * (x.dim() - 1), list(x.shape)
     shape[dim] = wide[dim] = index.shape[1]

@@ -49,6 +49,9 @@ def attention_map(block: Tensor, mask: Tensor | None, convention: Convention) ->
     block = at_least_float32(block)
     if convention.blocks == "probabilities":
         block = fill(block, mask, torch.finfo(block.dtype).min / 2).softmax(-1)
+        if convention.heads == "mean_map" and (mask is None or mask.shape[1] == 1):
+            # One mask for all heads: what the softmax left in rows of padding can wait for the mean to be taken.
+            return fill(block.mean(1, keepdim=True), mask, 0.0)
     block = fill(block, mask, 0.0)
     # mean_h softmax(S_h), or the heads as they are
     return block.mean(1, keepdim=True) if convention.heads == "mean_map" else block

@@ -15,13 +15,17 @@ Tokens = Bool[Tensor, "batch length"] | Integer[Tensor, "batch length"]
 """A mask of positions as tokenizers give it: bool, or int with 0 for padding."""
 
 
+Stretch = tuple[int, int]
+"""First position, and one past the last."""
+
+
 class Extent(NamedTuple):
     """How far a layout's tokens reach, as numbers on the host: all that cutting S needs to know of them."""
 
     max_text: int
     """Tokens of the longest text."""
     max_image: int
-    spans: tuple[slice, slice] | None
+    spans: tuple[Stretch, Stretch] | None
     """Where text and image lie, if each fills a stretch of its own: then blocks are views. None: they are gathered."""
 
 
@@ -205,7 +209,7 @@ def _measure(text: Tensor, image: Tensor, boundary: Tensor | None = None) -> Ext
         raise ValueError(f"text and image masks overlap at {overlap} position(s): a position is text, image or neither")
     for end in ends:
         check_boundary(end, length)
-    spans = slice(text_start, text_end), slice(image_start, image_end)
+    spans = (text_start, text_end), (image_start, image_end)
     apart = text_end <= image_start or image_end <= text_start
     full = max_text == text_end - text_start and max_image == image_end - image_start
     return Extent(max_text, max_image, spans if apart and full else None)
