@@ -183,7 +183,7 @@ def split_attention(
             where = layout.extent.spans
         else:
             where = (_first(text, layout.extent.max_text), _first(image, layout.extent.max_image))
-    masks = _take(text, *where, dim=1)[0], _take(image, *where, dim=1)[1]
+    masks = _take(text, where[0], where[1], 1)[0], _take(image, where[0], where[1], 1)[1]
     allowed = None if pairs is None else _quadrants(pairs.expand(batch, -1, length, length), *where)
     padded = tokens is not None or isinstance(n_text, Tensor | TokenLayout)
     return AttentionBlocks(*_quadrants(S, *where), *masks, allowed, padded)
