@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from attncongruence import cacr_loss, capture_attention
-from benchmarks.record import ratio, write
+from benchmarks import record
+from benchmarks.record import Results, paired, ratio, write
 
 TEXT, IMAGE, WIDTH, LAYERS, HEADS, BATCH = 40, 185, 768, 12, 12, 4
 
@@ -68,18 +69,6 @@ def step(model: nn.Module, loss: Callable[[], Tensor], device: str) -> Callable[
     return run
 
 
-def paired(steps: dict[str, Callable[[], None]], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds of each step, round by round, after two rounds of warming up; every other round in reverse order."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(-2, rounds):
-        for name in list(steps)[:: 1 if number % 2 else -1]:
-            start = clock()
-            steps[name]()
-            if number >= 0:
-                seconds[name].append(clock() - start)
-    return seconds
-
-
 def timm_steps(device: str) -> dict[str, Callable[[], None]]:
     """Plain twice, and captured."""
     tokens, mask = batch(device)
@@ -119,7 +108,7 @@ def added(device: str, rounds: int, clock: Callable[[], float], whole: float) ->
             return main + 0.1 * cacr_loss(capture.pop(), TEXT)
 
     steps = {"plain": plain, "again": plain, "captured": captured}
-    seconds = paired({name: step(layer, loss, device) for name, loss in steps.items()}, rounds, clock)
+    seconds = paired({name: step(layer, loss, device) for name, loss in steps.items()}, rounds, clock=clock)
     return {
         name: ratio([whole + b - a for a, b in zip(seconds["plain"], times, strict=True)], [whole] * rounds)
         for name, times in seconds.items()
@@ -160,6 +149,11 @@ def report(name: str, ratios: dict[str, dict[str, float]]) -> dict[str, dict[str
     return ratios
 
 
+def table(results: Results) -> str:
+    """The ratios as Markdown."""
+    return record.table("a step, against the plain one", results, "{:.3f}".format)
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser()
@@ -170,7 +164,7 @@ def main() -> None:
     clock = time.process_time if options.device == "cpu" else time.perf_counter
     results, whole = {}, 0.0
     for name, steps in (("transformers BERT, sdpa", bert_steps), ("timm blocks, fused", timm_steps)):
-        seconds = paired(steps(options.device), options.rounds, clock)
+        seconds = paired(steps(options.device), options.rounds, clock=clock)
         ratios = {other: ratio(times, seconds["plain"]) for other, times in seconds.items() if other != "plain"}
         results[name] = report(name, ratios)
         whole = statistics.median(seconds["plain"])

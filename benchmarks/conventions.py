@@ -8,7 +8,6 @@ numbers (`tests/test_docs.py` compares them).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from attncongruence import PRINTED, RELEASED, WEIGHTED_MEAN, Convention, cacr_loss, iais_loss, split_attention
 from attncongruence.equivalence import attention_map, equivalence, project
-from benchmarks.record import RESULTS, write
+from benchmarks.record import committed, write
 
 BATCH, HEADS, TEXT, IMAGE, WIDTH = 16, 12, 20, 36, 64
 CONVENTIONS = {"RELEASED": RELEASED, "PRINTED": PRINTED, "WEIGHTED_MEAN": WEIGHTED_MEAN}
@@ -146,12 +145,6 @@ def _head(row: dict[str, Any]) -> str:
     return f"| {row['maps']} | {row['loss_name']} | `{row['convention']}` |"
 
 
-def committed() -> list[dict[str, Any]]:
-    """The rows of the committed result file."""
-    rows: list[dict[str, Any]] = json.loads((RESULTS / "conventions.json").read_text())["results"]
-    return rows
-
-
 if __name__ == "__main__":
     write("conventions", "benchmarks.conventions", measure())
-    print(tables(committed()))
+    print(tables(committed("conventions")))

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from attncongruence import RELEASED, WEIGHTED_MEAN, TokenLayout, cacr_loss, soft_equivalence_loop
-from benchmarks.record import paired, ratio, write
+from benchmarks import record
+from benchmarks.record import Results, paired, ratio, write
 from benchmarks.released_loop import cacr_per_sample, uniter_batch
 
 N_TEXT = 20
@@ -30,10 +31,10 @@ def step(loss: Callable[[Tensor], Tensor], scores: Tensor) -> Callable[[], objec
     return run
 
 
-def algorithm_1(rounds: int = 3) -> dict[str, object]:
+def algorithm_1(rounds: int = 3) -> dict[str, dict[str, float]]:
     """Loop over (sample, head, i, j) against the matrix products, batch 8, no padding."""
     scores, _, _ = uniter_batch(8)
-    results: dict[str, object] = {}
+    results = {}
     for name, convention in (("RELEASED", RELEASED), ("WEIGHTED_MEAN", WEIGHTED_MEAN)):
         seconds = paired(
             {
@@ -41,12 +42,13 @@ def algorithm_1(rounds: int = 3) -> dict[str, object]:
                 "dense": step(lambda S, c=convention: cacr_loss(S, N_TEXT, convention=c), scores),
             },
             rounds=rounds,
+            warmup=1,
         )
         results[name] = ratio(seconds["loop"], seconds["dense"])
     return results
 
 
-def per_sample(batch: int, rounds: int = 30) -> dict[str, object]:
+def per_sample(batch: int, rounds: int = 30) -> dict[str, dict[str, float]]:
     """The released codes' loop, one call a direction, against one dense call for both; ragged batch."""
     scores, text, image = uniter_batch(batch)
     layout, mask = TokenLayout(text, image), text | image
@@ -69,17 +71,23 @@ def per_sample(batch: int, rounds: int = 30) -> dict[str, object]:
     return {name: ratio(seconds["per sample"], times) for name, times in seconds.items() if name != "per sample"}
 
 
+def table(results: Results) -> str:
+    """The ratios as Markdown."""
+    return record.table("time of forward and backward", results, _times)
+
+
+def _times(value: float) -> str:
+    return f"{value:,.0f}x" if value >= 100 else f"{value:.1f}x"
+
+
 def main() -> None:
     """Measure, print and write."""
     torch.set_num_threads(2)
-    results = {
+    results: Results = {
         "Algorithm 1 loop / dense, batch 8, 12 heads, 20 + 36": algorithm_1(),
         "per-sample loop / dense, batch 32, 12 heads, 20 + 36": per_sample(32),
     }
-    for row, ratios in results.items():
-        print(row)
-        for name, numbers in ratios.items():
-            print(f"  {name:28} " + "  ".join(f"{key} {value:8.1f}" for key, value in numbers.items()))  # type: ignore[attr-defined]
+    print(table(results))
     print(f"written to {write('loops-cpu', 'benchmarks.loops', results)}")
 
 

@@ -45,17 +45,23 @@ def environment(module: str) -> dict[str, Any]:
     }
 
 
-def paired(runs: dict[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of each run, round by round: the runs of a round stand side by side, so that noise hits them alike."""
-    for run in runs.values():
-        for _ in range(warmup):
-            run()
+def paired(
+    runs: dict[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of each run, round by round, after some rounds of warming up.
+
+    The runs of a round stand side by side, every other round in reverse order, so that noise hits them alike.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
+    for number in range(-warmup, rounds):
+        for name in list(runs)[:: 1 if number % 2 else -1]:
+            start = clock()
+            runs[name]()
+            if number >= 0:
+                seconds[name].append(clock() - start)
     return seconds
 
 
@@ -64,6 +70,24 @@ def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
     ratios = [a / b for a, b in zip(slow, fast, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4)
     return {"median": statistics.median(ratios), "lower_quartile": low, "upper_quartile": high}
+
+
+Results = dict[str, dict[str, dict[str, float]]]
+
+
+def table(title: str, results: Results, number: Callable[[float], str]) -> str:
+    """Ratios, `{what: {variant: ratio(...)}}`, as Markdown."""
+    lines = [f"| {title} | | median | quartiles |", "| --- | --- | ---: | ---: |"]
+    for what, ratios in results.items():
+        for variant, r in ratios.items():
+            median, low, high = (number(r[key]) for key in ("median", "lower_quartile", "upper_quartile"))
+            lines.append(f"| {what} | {variant} | {median} | {low} to {high} |")
+    return "\n".join(lines)
+
+
+def committed(name: str) -> Any:
+    """The results in a committed file."""
+    return json.loads((RESULTS / f"{name}.json").read_text())["results"]
 
 
 def write(name: str, module: str, results: object) -> Path:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import conventions
+from benchmarks import capture_cost, conventions, loops
+from benchmarks.record import committed
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -41,17 +42,25 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
-def test_the_tables_of_conventions_are_the_committed_ones():
-    page = (ROOT / "docs/conventions.md").read_text()
-    for table in conventions.tables(conventions.committed()).split("\n\n"):
-        assert table in page
+@pytest.mark.parametrize(
+    ("page", "result", "tables"),
+    [
+        ("docs/conventions.md", "conventions", conventions.tables),
+        ("README.md", "loops-cpu", loops.table),
+        ("docs/capture.md", "capture-cost-cpu", capture_cost.table),
+    ],
+)
+def test_tables_are_the_committed_ones(page, result, tables):
+    text = (ROOT / page).read_text()
+    for table in tables(committed(result)).split("\n\n"):
+        assert table in text
 
 
 def test_the_committed_conventions_are_what_is_measured():
     # Values, not timings: any machine gets these, to rounding.
-    for row, committed in zip(conventions.measure(), conventions.committed(), strict=True):
-        assert row["loss"] == pytest.approx(committed["loss"], rel=1e-6)
-        assert row["gradient"] == pytest.approx(committed["gradient"], rel=1e-6)
+    for row, before in zip(conventions.measure(), committed("conventions"), strict=True):
+        assert row["loss"] == pytest.approx(before["loss"], rel=1e-6)
+        assert row["gradient"] == pytest.approx(before["gradient"], rel=1e-6)
 
 
 def names_in(path):
