@@ -5,7 +5,6 @@ from dataclasses import replace
 import torch
 
 from attncongruence import PRINTED, RELEASED, WEIGHTED_MEAN, split_attention
-from attncongruence.blocks import Quadrants
 from attncongruence.equivalence import (
     attention_map,
     entries,
@@ -15,6 +14,7 @@ from attncongruence.equivalence import (
     project_singular,
     without_unmatched,
 )
+from attncongruence.quadrants import Quadrants
 from tests.problems import assert_close, randn
 
 NO_MASKS = Quadrants(None, None, None, None)

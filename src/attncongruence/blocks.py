@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass, replace
-from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Integer
@@ -12,8 +11,8 @@ from torch import Tensor
 
 from attncongruence._typing import Count, checked, same_device
 from attncongruence.layout import Stretch, TokenLayout, Tokens, check_boundary
+from attncongruence.quadrants import Quadrants, first_positions, quadrants, take
 
-T = TypeVar("T")
 Scores = Float[Tensor, "batch heads length length"] | Float[Tensor, "batch length length"]
 Pairs = Bool[Tensor, "#batch #heads #length #length"] | Bool[Tensor, "batch length length"]
 Mask = Tokens | Pairs
@@ -32,19 +31,6 @@ class ScoreSource(abc.ABC):
     @abc.abstractmethod
     def allowed(self) -> Tensor | None:
         """Which pairs may attend, bool, 4-D and broadcastable to `scores`; None: all."""
-
-
-class Quadrants(NamedTuple, Generic[T]):
-    """One thing for each block: its scores, its map, its mask. Rows are queries: `LV` is text to image."""
-
-    LL: T
-    LV: T
-    VL: T
-    VV: T
-
-    def swap(self) -> Quadrants[T]:
-        """L and V exchanged."""
-        return Quadrants(LL=self.VV, LV=self.VL, VL=self.LV, VV=self.LL)
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,11 +168,11 @@ def split_attention(
         if layout.extent.spans is not None:
             where = layout.extent.spans
         else:
-            where = (_first(text, layout.extent.max_text), _first(image, layout.extent.max_image))
-    masks = _take(text, where[0], where[1], 1)[0], _take(image, where[0], where[1], 1)[1]
-    allowed = None if pairs is None else _quadrants(pairs.expand(batch, -1, length, length), *where)
+            where = (first_positions(text, layout.extent.max_text), first_positions(image, layout.extent.max_image))
+    masks = take(text, where[0], where[1], 1)[0], take(image, where[0], where[1], 1)[1]
+    allowed = None if pairs is None else quadrants(pairs.expand(batch, -1, length, length), *where)
     padded = tokens is not None or isinstance(n_text, Tensor | TokenLayout)
-    return AttentionBlocks(*_quadrants(S, *where), *masks, allowed, padded)
+    return AttentionBlocks(*quadrants(S, *where), *masks, allowed, padded)
 
 
 def as_blocks(
@@ -238,36 +224,6 @@ def _layout(n_text: Tensor | TokenLayout, tokens: Tensor | None, batch: int, len
     if tokens is None:
         return n_text
     return TokenLayout(n_text.text & tokens, n_text.image & tokens, extent=n_text.extent)
-
-
-def _first(mask: Tensor, longest: int) -> Tensor:
-    """Where each sample's True positions are, in order, and then some others: `(batch, longest)`."""
-    return (~mask).int().argsort(dim=1, stable=True)[:, :longest]
-
-
-def _quadrants(S: Tensor, text: Stretch | Tensor, image: Stretch | Tensor) -> Quadrants[Tensor]:
-    """Eq. 2: rows first, then columns; views for stretches, gathered for positions."""
-    of_text, of_image = _take(S, text, image, -2)
-    (LL, LV), (VL, VV) = _take(of_text, text, image, -1), _take(of_image, text, image, -1)
-    return Quadrants(LL, LV, VL, VV)
-
-
-def _take(x: Tensor, text: Stretch | Tensor, image: Stretch | Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Text and image of one dimension: two stretches of it, as views, or each sample's own positions."""
-    if isinstance(text, Tensor) or isinstance(image, Tensor):
-        return _gather(x, text, dim), _gather(x, image, dim)  # type: ignore[arg-type]
-    in_order = text[1] <= image[0]
-    (a, b), (c, d) = (text, image) if in_order else (image, text)
-    # One split: its backward is one concatenation, that of slices fills all of x with zeros for each of them.
-    _, first, _, second, _ = x.split([a, b - a, c - b, d - c, x.shape[dim] - d], dim)
-    return (first, second) if in_order else (second, first)
-
-
-def _gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
-    # Not take_along_dim: its broadcasting makes torch.compile a graph for each batch size.
-    shape, wide = [index.shape[0]] + [1] * (x.dim() - 1), list(x.shape)
-    shape[dim] = wide[dim] = index.shape[1]
-    return x.gather(dim, index.view(shape).expand(wide))
 
 
 @checked

@@ -7,10 +7,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attncongruence._typing import Alignment, Direction, Impl, Reduction, checked, one_of
-from attncongruence.blocks import Attention, Mask, NText, Quadrants
+from attncongruence.blocks import Attention, Mask, NText
 from attncongruence.conventions import RELEASED, Convention
 from attncongruence.divergence import symmetric_kl
 from attncongruence.equivalence import Masks, equivalence, fill, project, project_singular
+from attncongruence.quadrants import Quadrants
 from attncongruence.sides import Side, check_options, loss_of
 
 

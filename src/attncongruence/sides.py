@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from attncongruence._typing import Direction, Impl, Reduction, checked, one_of
-from attncongruence.blocks import Attention, AttentionBlocks, NText, Quadrants, as_blocks
+from attncongruence.blocks import Attention, AttentionBlocks, NText, as_blocks
 from attncongruence.conventions import Convention
 from attncongruence.divergence import at_least_float32
 from attncongruence.equivalence import Masks, attention_map, entries, log_attention_map, without_unmatched
+from attncongruence.quadrants import Quadrants
 
 
 @dataclass(frozen=True)
