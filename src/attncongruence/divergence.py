@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from attncongruence._precision import at_least_float32
 from attncongruence._typing import Reduction, checked, one_of, same_device
 
 
@@ -63,8 +64,3 @@ def symmetric_kl(
     if reduction == "none":
         return rows
     return rows.sum() if reduction == "sum" else rows.mean()
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision in float32; float32 and float64 as they are."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -10,9 +10,9 @@ import math
 import torch
 from torch import Tensor
 
+from attncongruence._precision import at_least_float32
 from attncongruence.blocks import AttentionBlocks
 from attncongruence.conventions import Convention
-from attncongruence.divergence import at_least_float32
 from attncongruence.quadrants import Quadrants
 
 Masks = Quadrants[Tensor | None]

@@ -85,10 +85,11 @@ class TokenLayout:
             length = mask.shape[1]
         if length is None:
             raise ValueError("from_n_text needs the length of the joint sequence: pass length= or attention_mask=")
-        boundary = torch.as_tensor(n_text, device=None if mask is None else mask.device).reshape(-1, 1)
         if isinstance(n_text, Tensor):
             same_device(n_text=n_text, mask=mask)
             boundary = n_text[:, None]
+        else:
+            boundary = torch.tensor([[n_text]], device=None if mask is None else mask.device)
         text = torch.arange(length, device=boundary.device) < boundary
         real = torch.ones_like(text) if mask is None else mask.bool()
         text, image = torch.broadcast_tensors(text & real, ~text & real)

@@ -11,10 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from attncongruence._precision import at_least_float32
 from attncongruence._typing import Alignment, Direction, Impl, Reduction, checked, one_of
 from attncongruence.blocks import Attention, AttentionBlocks, Mask, NText
 from attncongruence.conventions import RELEASED, Convention
-from attncongruence.divergence import at_least_float32
 from attncongruence.sides import prepare, zeros
 
 Maps = dict[str, Tensor]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from attncongruence._precision import at_least_float32, no_autocast
 from attncongruence._typing import Direction, Impl, Reduction, checked, one_of
 from attncongruence.blocks import Attention, AttentionBlocks, NText, as_blocks
 from attncongruence.conventions import Convention
-from attncongruence.divergence import at_least_float32
 from attncongruence.equivalence import Masks, attention_map, entries, log_attention_map, without_unmatched
 from attncongruence.quadrants import Quadrants
 
@@ -57,7 +56,7 @@ def loss_of(
     if blocks.LV.numel():
         if direction == "vision":
             blocks, masks = blocks.swap(), masks.swap()
-        with _no_autocast(blocks.LL.device):
+        with no_autocast(blocks.LL.device):
             per_sample = _dense(blocks, masks, side, both=direction == "both")
     else:
         per_sample = zeros(blocks)
@@ -140,10 +139,3 @@ def _dense(blocks: AttentionBlocks, masks: Masks, side: Side, both: bool) -> Ten
     )
     loss = side(blocks, maps, masks)
     return loss + side(blocks.swap(), maps.swap(), masks.swap()) if both else loss
-
-
-def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Autocast would run the losses' matrix products in half precision."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attncongruence._precision import at_least_float32, no_autocast
 from attncongruence.blocks import ScoreSource
 from attncongruence.capture.seen import FLOOR, Seen
 
@@ -54,7 +55,7 @@ class CapturedAttention(ScoreSource):
     def scores(self) -> Tensor:
         """`(batch, heads, length, length)`: what the softmax saw, float32 for half inputs, -inf at disallowed pairs."""
         if self._seen.logits is not None:
-            scores = _at_least_float32(self._wide(self._seen.logits))
+            scores = at_least_float32(self._wide(self._seen.logits))
         else:
             scores = self._computed_scores()
         return scores if self.allowed is None else scores.masked_fill(~self.allowed, float("-inf"))
@@ -135,9 +136,9 @@ class CapturedAttention(ScoreSource):
 
     def _computed_scores(self) -> Tensor:
         query, key = self._wide(self._seen.query), self._repeated_key()
-        with torch.autocast(device_type=query.device.type, enabled=False):
+        with no_autocast(query.device):
             # scale (q k^T), the scale on the smaller factor
-            scores = (self._seen.scale * _at_least_float32(query)) @ _at_least_float32(key).transpose(-1, -2)
+            scores = (self._seen.scale * at_least_float32(query)) @ at_least_float32(key).transpose(-1, -2)
             for mask, factor in self._seen.masks:
                 if mask.dtype != torch.bool:
                     scores = scores + factor * self._wide(mask)
@@ -157,10 +158,6 @@ class CapturedAttention(ScoreSource):
         if tensor.ndim == 3 and self._seen.main.ndim == 3:
             return tensor.unsqueeze(1)
         return tensor if tensor.ndim > 3 else tensor[(None,) * (4 - tensor.ndim)]
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _allowed_by(mask: Tensor, factor: float) -> Tensor:
