@@ -5,7 +5,7 @@ import torch
 from jaxtyping import TypeCheckError
 
 from attncongruence import AttentionBlocks, TokenLayout, split_attention
-from attncongruence.blocks import ScoreSource
+from attncongruence.sources import ScoreSource
 from tests.problems import assert_close, fast, make_problem, randn
 
 

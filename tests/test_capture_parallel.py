@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
+from attncongruence import RELEASED, WEIGHTED_MEAN, cacr_loss
 from attncongruence.capture import capture_attention
 from tests.test_capture_hooks import Attention, Stack
 
@@ -27,9 +28,11 @@ def make() -> Stack:
 
 
 def losses(model: nn.Module, capture: object, x: Tensor) -> Tensor:
-    """Main loss and auxiliary loss, both means over samples."""
+    """Main loss and auxiliary losses, all of them means over samples: of the scores, and of queries and keys."""
     out = model(x)
-    return out.square().mean() + capture.pop().scores.square().mean()
+    captured = capture.pop()
+    streamed = sum(cacr_loss(captured, 2, convention=c, impl="streaming") for c in (RELEASED, WEIGHTED_MEAN))
+    return out.square().mean() + captured.scores.square().mean() + streamed
 
 
 def alone() -> list[Tensor]:

@@ -19,8 +19,9 @@ from attncongruence.capture import AttentionCapture, CapturedAttention, capture_
 from attncongruence.conventions import PRINTED, RELEASED, WEIGHTED_MEAN, Convention
 from attncongruence.divergence import symmetric_kl
 from attncongruence.layout import TokenLayout
-from attncongruence.losses import CACRLoss, IAISLoss, cacr_loss, iais_loss
+from attncongruence.losses import CACRLoss, IAISLoss, cacr_loss, cacr_loss_qk, iais_loss
 from attncongruence.reference import hard_equivalence_loop, soft_equivalence_loop
+from attncongruence.sources import QueryKey
 from attncongruence.training.schedules import constant, exponential_warmup, linear_warmup, logarithmic_warmup
 
 __version__ = version("attncongruence")
@@ -35,8 +36,10 @@ __all__ = [
     "CapturedAttention",
     "Convention",
     "IAISLoss",
+    "QueryKey",
     "TokenLayout",
     "cacr_loss",
+    "cacr_loss_qk",
     "capture_attention",
     "constant",
     "exponential_warmup",

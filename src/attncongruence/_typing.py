@@ -15,15 +15,17 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 # A type checker sees the allowed words; at run time `one_of` says them in a ValueError, which reads better.
-# Likewise a count is an int to the checker, and any integral number (NumPy's too) at run time.
+# Likewise a count is an int and a factor a float to the checker, and any such number (NumPy's too) at run time.
 if TYPE_CHECKING:
     Count = int
+    Factor = float
     Direction = Literal["both", "language", "vision"]
     Reduction = Literal["mean", "sum", "none"]
     Alignment = Literal["singular", "distributed"]
-    Impl = Literal["auto", "dense"]
+    Impl = Literal["auto", "dense", "streaming"]
 else:
     Count = numbers.Integral
+    Factor = numbers.Real
     Direction = Reduction = Alignment = Impl = str
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,27 +9,12 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from attncongruence._typing import Count, checked, same_device
-from attncongruence.layout import Stretch, TokenLayout, Tokens, check_boundary
+from attncongruence.layout import TokenLayout
+from attncongruence.locate import Mask, joined, locate
 from attncongruence.quadrants import Quadrants, first_positions, quadrants, take
+from attncongruence.sources import ScoreSource
 
 Scores = Float[Tensor, "batch heads length length"] | Float[Tensor, "batch length length"]
-Pairs = Bool[Tensor, "#batch #heads #length #length"] | Bool[Tensor, "batch length length"]
-Mask = Tokens | Pairs
-"""Which tokens are real, `(batch, length)`, or which pairs may attend, `(batch, heads, length, length)`."""
-
-
-class ScoreSource(abc.ABC):
-    """What has pre-softmax scores to give: a captured layer. The losses know it by this name alone."""
-
-    @property
-    @abc.abstractmethod
-    def scores(self) -> Tensor:
-        """Pre-softmax scores, `(batch, heads, queries, keys)`."""
-
-    @property
-    @abc.abstractmethod
-    def allowed(self) -> Tensor | None:
-        """Which pairs may attend, bool, 4-D and broadcastable to `scores`; None: all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,30 +132,15 @@ def split_attention(
         ([[[1.0, 2.0]]], [[[4.0, 5.0], [7.0, 8.0]]])
     """
     batch, length = S.shape[0], S.shape[-1]
-    held = n_text.text if isinstance(n_text, TokenLayout) else n_text
-    same_device(S=S, mask=mask, n_text=held if isinstance(held, Tensor) else None)
     if S.dim() == 3 and mask is not None and mask.dim() == 4 and mask.shape[1] > 1:
         raise ValueError(
             f"the mask is for {mask.shape[1]} heads, and the scores {tuple(S.shape)} have none: "
             "pass scores (batch, heads, length, length), or a mask (batch, length, length)"
         )
-    tokens, pairs = _tokens_and_pairs(mask, length)
-    where: tuple[Stretch, Stretch] | tuple[Tensor, Tensor]
-    if not isinstance(n_text, Tensor | TokenLayout):
-        check_boundary(n_text, length)
-        real = torch.ones((), dtype=torch.bool, device=S.device) if tokens is None else tokens
-        text = image = real.expand(batch, length)
-        where = (0, n_text), (n_text, length)
-    else:
-        layout = _layout(n_text, tokens, batch, length)
-        text, image = layout.text.expand(batch, length), layout.image.expand(batch, length)
-        if layout.extent.spans is not None:
-            where = layout.extent.spans
-        else:
-            where = (first_positions(text, layout.extent.max_text), first_positions(image, layout.extent.max_image))
+    text, image, (n, m), spans, pairs, padded = locate(S, n_text, mask)
+    where = spans or (first_positions(text, n), first_positions(image, m))
     masks = take(text, where[0], where[1], 1)[0], take(image, where[0], where[1], 1)[1]
     allowed = None if pairs is None else quadrants(pairs.expand(batch, -1, length, length), *where)
-    padded = tokens is not None or isinstance(n_text, Tensor | TokenLayout)
     return AttentionBlocks(*quadrants(S, *where), *masks, allowed, padded)
 
 
@@ -186,44 +155,11 @@ def as_blocks(
     if n_text is None:
         raise ValueError("n_text is missing: pass the number of text tokens (int or tensor) or a TokenLayout")
     scores, pairs = _scores_and_pairs(attention)
-    if pairs is not None:
-        # The layer's own pairs and the caller's mask: an entry counts where both say so.
-        mask = pairs if mask is None else pairs & _four_d(mask)
-    return split_attention(scores, n_text, mask=mask).with_heads()
+    return split_attention(scores, n_text, mask=joined(pairs, mask)).with_heads()
 
 
 def _scores_and_pairs(source: Tensor | ScoreSource) -> tuple[Tensor, Tensor | None]:
     return (source, None) if isinstance(source, Tensor) else (source.scores, source.allowed)
-
-
-def _four_d(mask: Tensor) -> Tensor:
-    """A mask of tokens or pairs as `(batch, heads, queries, keys)`."""
-    mask = mask.bool()
-    return mask[:, None, None] if mask.dim() == 2 else mask[:, None] if mask.dim() == 3 else mask
-
-
-def _tokens_and_pairs(mask: Tensor | None, length: int) -> tuple[Tensor | None, Tensor | None]:
-    """`(batch or 1, length)` real tokens, and the pairs where they say more than the tokens do."""
-    if mask is None:
-        return None, None
-    pairs = _four_d(mask)
-    tokens = pairs.any(1).any(1).expand(-1, length)
-    says_more = pairs.shape[1] > 1 or pairs.shape[2] > 1
-    return tokens, pairs.expand(-1, -1, length, length) if says_more else None
-
-
-def _layout(n_text: Tensor | TokenLayout, tokens: Tensor | None, batch: int, length: int) -> TokenLayout:
-    """The layout of real tokens, checked against the scores."""
-    if isinstance(n_text, Tensor):
-        return TokenLayout.from_n_text(n_text, length, None if tokens is None else tokens.expand(batch, length))
-    if n_text.text.shape[0] not in (1, batch) or n_text.text.shape[1] != length:
-        raise ValueError(
-            f"the layout is for (batch, length) = {tuple(n_text.text.shape)}, the scores have {(batch, length)}: "
-            "make it for the joint sequence that the layer attends over"
-        )
-    if tokens is None:
-        return n_text
-    return TokenLayout(n_text.text & tokens, n_text.image & tokens, extent=n_text.extent)
 
 
 @checked

@@ -64,3 +64,22 @@ def symmetric_kl(
     if reduction == "none":
         return rows
     return rows.sum() if reduction == "sum" else rows.mean()
+
+
+def there_and_back(P: Tensor, T: Tensor, epsilon: float) -> Tensor:
+    """IAIS's distributed divergence of two maps of probabilities, row by row: its sums over P and over T, added."""
+    # sum_j P_j log(P_j / (T_j + eps)) + T_j log(T_j / (P_j + eps))
+    # The floor keeps the gradient of P log P finite at P = 0.
+    log_P, log_T = (x.clamp_min(torch.finfo(x.dtype).tiny).log() for x in (P, T))
+    return (P * (log_P - (T + epsilon).log()) + T * (log_T - (P + epsilon).log())).sum(-1)
+
+
+def there_and_back_grad(P: Tensor, T: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Gradient of each row of `there_and_back` with respect to P and to T."""
+
+    def of(x: Tensor, other: Tensor) -> Tensor:
+        # log P + 1 - log(T + eps) - T / (P + eps)
+        tiny = torch.finfo(x.dtype).tiny
+        return x.clamp_min(tiny).log() + (x >= tiny) - (other + epsilon).log() - other / (x + epsilon)
+
+    return of(P, T), of(T, P)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attncongruence._typing import Alignment, Direction, Impl, Reduction, checked, one_of
-from attncongruence.blocks import Attention, Mask, NText
+from attncongruence._typing import Alignment, Direction, Factor, Impl, Reduction, checked, one_of
+from attncongruence.blocks import Attention, NText
 from attncongruence.conventions import RELEASED, Convention
-from attncongruence.divergence import symmetric_kl
+from attncongruence.divergence import symmetric_kl, there_and_back
 from attncongruence.equivalence import Masks, equivalence, fill, project, project_singular
+from attncongruence.locate import Mask
 from attncongruence.quadrants import Quadrants
 from attncongruence.sides import Side, check_options, loss_of
+from attncongruence.sources import QueryKey
 
 
 @checked
@@ -42,7 +43,8 @@ def cacr_loss(
         convention: which of the published definitions: `RELEASED`, `PRINTED`, `WEIGHTED_MEAN`, or your own.
         direction: `"language"` (LL against the projected VV), `"vision"` (VV against the projected LL), or their sum.
         reduction: over the batch: `"mean"` of the samples that have both modalities, `"sum"`, or `"none"`.
-        impl: `"dense"`, or `"auto"`, which chooses.
+        impl: `"dense"`; `"streaming"`, the same numbers in linear memory, from a captured layer or `QueryKey` without a
+            mask of pairs; or `"auto"`: streaming where it can and pays (`docs/performance.md`), else dense.
 
     Returns:
         The loss in nats, >= 0: a scalar, or `(batch,)` for `"none"`. A sample without text or without image is
@@ -73,8 +75,42 @@ def cacr_loss(
         # m-KL(sigma(E VV E^T), sigma(LL))
         return symmetric_kl(project(equivalence(maps.LV, masks.LV, convention), maps.VV), target, masks.LL)
 
-    side = Side(rows, convention, log_target=not convention.target_softmax)
+    side = Side("cacr", rows, convention, log_target=not convention.target_softmax)
     return loss_of(attention, n_text, mask, side, direction, reduction, impl)
+
+
+@checked
+def cacr_loss_qk(
+    query: Float[Tensor, "batch heads length width"],
+    key: Float[Tensor, "batch groups length width"],
+    n_text: NText,
+    *,
+    scale: Factor | None = None,
+    mask: Mask | None = None,
+    convention: Convention = RELEASED,
+    direction: Direction = "both",
+    reduction: Reduction = "mean",
+    impl: Impl = "auto",
+) -> Float[Tensor, ...]:
+    """`cacr_loss(QueryKey(query, key, scale), n_text, ...)`: from queries and keys, so that no map need be built.
+
+    Args:
+        query: `(batch, heads, length, width)`, as they enter the product: after rotary embedding and norms.
+        key: `(batch, groups, length, width)`, where heads is a multiple of groups.
+        n_text: and all that follows: as for `cacr_loss`, but
+        scale: factor of `query key^T`; None: 1 / sqrt(width).
+
+    Returns, Raises:
+        As `cacr_loss`, and as `QueryKey` for queries and keys that don't fit each other.
+
+    Example:
+        >>> cacr_loss_qk(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4), n_text=2)
+        tensor(0.)
+    """
+    source = QueryKey(query, key, scale)
+    return cacr_loss(
+        source, n_text, mask=mask, convention=convention, direction=direction, reduction=reduction, impl=impl
+    )
 
 
 @checked
@@ -127,15 +163,12 @@ def iais_loss(
     def distributed(maps: Quadrants[Tensor], target: Tensor, masks: Masks) -> Tensor:
         # P = A_LV A_VL against T = A_LL
         P, T = fill(maps.LV @ maps.VL, masks.LL, 0.0), fill(target, masks.LL, 0.0)
-        # P log(P / (T + eps)) + T log(T / (P + eps)); the floor keeps the gradient of P log P finite at P = 0
-        log_P, log_T = (x.clamp_min(torch.finfo(x.dtype).tiny).log() for x in (P, T))
-        eps = convention.epsilon
-        return (P * (log_P - (T + eps).log()) + T * (log_T - (P + eps).log())).sum(-1)
+        return there_and_back(P, T, convention.epsilon)
 
     if alignment == "singular":
-        side = Side(singular, convention, log_target=not convention.iais_target_softmax)
+        side = Side("singular", singular, convention, log_target=not convention.iais_target_softmax)
     else:
-        side = Side(distributed, convention, there_and_back=True)
+        side = Side("distributed", distributed, convention)
     return loss_of(attention, n_text, mask, side, direction, reduction, impl)
 
 

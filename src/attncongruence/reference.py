@@ -11,11 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from attncongruence._precision import at_least_float32
+from attncongruence._precision import at_least_float32, zeros
 from attncongruence._typing import Alignment, Direction, Impl, Reduction, checked, one_of
-from attncongruence.blocks import Attention, AttentionBlocks, Mask, NText
+from attncongruence.blocks import Attention, AttentionBlocks, NText
 from attncongruence.conventions import RELEASED, Convention
-from attncongruence.sides import prepare, zeros
+from attncongruence.locate import Mask
+from attncongruence.sides import prepare
 
 Maps = dict[str, Tensor]
 
@@ -116,7 +117,7 @@ def _loop(
     losses, present = [], 0
     for sample in range(blocks.LL.shape[0]):
         text, image = (m[sample].nonzero()[:, 0] for m in (blocks.text_mask, blocks.image_mask))
-        loss = zeros(blocks)[sample]
+        loss = zeros(blocks.LV)[sample]
         if len(text) and len(image):
             present += 1
             scores, pairs = _sample(blocks, sample, {"L": text, "V": image})
@@ -125,7 +126,7 @@ def _loop(
             if direction in ("both", "vision"):
                 loss = loss + _one_side(_swapped(scores), _swapped(pairs), convention, rows)
         losses.append(loss)
-    each = torch.stack(losses) if losses else zeros(blocks)
+    each = torch.stack(losses) if losses else zeros(blocks.LV)
     return {"none": each, "sum": each.sum(), "mean": each.sum() / max(present, 1)}[reduction]
 
 

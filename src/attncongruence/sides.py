@@ -8,25 +8,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attncongruence._precision import at_least_float32, no_autocast
+from attncongruence._precision import no_autocast, zeros
 from attncongruence._typing import Direction, Impl, Reduction, checked, one_of
 from attncongruence.blocks import Attention, AttentionBlocks, NText, as_blocks
 from attncongruence.conventions import Convention
 from attncongruence.equivalence import Masks, attention_map, entries, log_attention_map, without_unmatched
+from attncongruence.fast import streaming
+from attncongruence.locate import Located, joined, locate
 from attncongruence.quadrants import Quadrants
+from attncongruence.sources import QueryKey, ScoreSource
 
 
 @dataclass(frozen=True)
 class Side:
     """What is particular to one loss, on the language side; the vision side is the same on swapped blocks."""
 
+    kind: streaming.Kind
+    """Its name to the streaming form, which has a way of its own for each."""
     rows: Callable[[Quadrants[Tensor], Tensor, Masks], Tensor]
     """Maps, target and masks to one divergence a row, `(batch, heads, N)`."""
     convention: Convention
     log_target: bool = False
     """Whether the target is a distribution whose logarithm is wanted: the logits of an m-KL without a softmax."""
-    there_and_back: bool = False
-    """Whether the language side looks at VL too."""
+
+    @property
+    def there_and_back(self) -> bool:
+        """Whether the language side looks at VL too."""
+        return self.kind == "distributed"
 
     def __call__(self, blocks: AttentionBlocks, maps: Quadrants[Tensor], masks: Masks) -> Tensor:
         """The loss of each sample, `(batch,)`."""
@@ -52,20 +60,55 @@ def loss_of(
     impl: Impl,
 ) -> Tensor:
     """The loss that a side defines, in one direction or both, over the batch."""
-    blocks, masks = prepare(attention, n_text, mask, side.convention, direction, reduction, impl, side.there_and_back)
-    if blocks.LV.numel():
-        if direction == "vision":
-            blocks, masks = blocks.swap(), masks.swap()
-        with no_autocast(blocks.LL.device):
-            per_sample = _dense(blocks, masks, side, both=direction == "both")
+    check_options(side.convention, direction, reduction, impl)
+    check_defined(side.convention, side.there_and_back)
+    streamed = None if impl == "dense" else streaming_or_not(attention, n_text, mask, side.convention, impl)
+    if streamed is not None:
+        source, where = streamed
+        text, image = where.text, where.image
+        with no_autocast(source.query.device):
+            per_sample = streaming.per_sample(source, where, side.kind, side.convention, direction)
     else:
-        per_sample = zeros(blocks)
+        blocks, masks = prepare(
+            attention, n_text, mask, side.convention, direction, reduction, impl, side.there_and_back
+        )
+        text, image = blocks.text_mask, blocks.image_mask
+        if blocks.LV.numel():
+            if direction == "vision":
+                blocks, masks = blocks.swap(), masks.swap()
+            with no_autocast(blocks.LL.device):
+                per_sample = _dense(blocks, masks, side, both=direction == "both")
+        else:
+            per_sample = zeros(blocks.LV)
     if reduction == "none":
         return per_sample
     if reduction == "sum":
         return per_sample.sum()
-    present = blocks.text_mask.any(-1) & blocks.image_mask.any(-1)
-    return per_sample.sum() / present.sum().clamp(min=1)
+    return per_sample.sum() / (text.any(-1) & image.any(-1)).sum().clamp(min=1)
+
+
+def streaming_or_not(
+    attention: Attention, n_text: NText, mask: Tensor | None, convention: Convention, impl: Impl
+) -> tuple[QueryKey, Located] | None:
+    """What the streaming form works on, where it can and should, or None; an error where it was asked for and can't."""
+    why = None
+    if not isinstance(attention, ScoreSource):
+        why = f"it was given {'scores' if isinstance(attention, Tensor) else 'AttentionBlocks'}, not queries and keys"
+    elif attention.query is None or attention.key is None:
+        why = "this layer's scores are not scale query key^T: its model adds a bias, caps or shifts them"
+    elif n_text is not None and attention.query.shape[-2] == attention.key.shape[-2]:
+        source = QueryKey(attention.query, attention.key, attention.scale)
+        where = locate(source.query, n_text, joined(attention.allowed, mask))
+        if where.pairs is not None:
+            why = "a mask says which pairs may attend (causal attention, for instance)"
+        elif impl == "streaming" or streaming.pays(source.query, where.longest, convention):
+            return source, where
+    if impl == "streaming" and why is not None:
+        raise ValueError(
+            f"impl='streaming' can't be used here, {why}: use impl='auto', which then takes the dense form, or pass "
+            "a captured layer or QueryKey(query, key) without a mask of pairs"
+        )
+    return None
 
 
 @checked
@@ -73,12 +116,16 @@ def check_options(convention: Convention, direction: Direction, reduction: Reduc
     """Refuse unknown words."""
     one_of("direction", direction, ("both", "language", "vision"))
     one_of("reduction", reduction, ("mean", "sum", "none"))
-    one_of("impl", impl, ("auto", "dense"))
+    one_of("impl", impl, ("auto", "dense", "streaming"))
 
 
-def zeros(blocks: AttentionBlocks) -> Tensor:
-    """`(batch,)` sums of nothing: exactly 0, with a gradient of exactly 0."""
-    return at_least_float32(blocks.LV)[..., :0].sum((1, 2, 3))
+def check_defined(convention: Convention, there_and_back: bool) -> None:
+    """Refuse distributed alignment of raw scores."""
+    if there_and_back and convention.blocks != "probabilities":
+        raise ValueError(
+            "alignment='distributed' is not defined on raw scores: use a convention with blocks='probabilities', "
+            "such as RELEASED, or alignment='singular'"
+        )
 
 
 def prepare(
@@ -93,11 +140,7 @@ def prepare(
 ) -> tuple[AttentionBlocks, Masks]:
     """Blocks and the entries that count in them, or an error for what has no meaning: the oracles ask here too."""
     check_options(convention, direction, reduction, impl)
-    if there_and_back and convention.blocks != "probabilities":
-        raise ValueError(
-            "alignment='distributed' is not defined on raw scores: use a convention with blocks='probabilities', "
-            "such as RELEASED, or alignment='singular'"
-        )
+    check_defined(convention, there_and_back)
     blocks = as_blocks(attention, n_text, mask)
     cross = {"language": ("LV",), "vision": ("VL",), "both": ("LV", "VL")}[direction]
     cross = ("LV", "VL") if there_and_back else cross

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from attncongruence._precision import at_least_float32, no_autocast
-from attncongruence.blocks import ScoreSource
 from attncongruence.capture.seen import FLOOR, Seen
+from attncongruence.sources import ScoreSource
 
 
 class CapturedAttention(ScoreSource):

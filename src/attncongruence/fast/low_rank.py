@@ -1,0 +1,106 @@
+"""m-KL of two attention maps that are given by their factors: softmax(A B^T) against softmax(C D^T).
+
+Neither map is ever built. Rows are worked on a tile at a time, and since a loss is a weighted sum of these divergences,
+the gradient of each is computed along with it, from the same tile. Nearest published work: StreamKL (arXiv 2606.20005),
+a fused one-way divergence of attention distributions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attncongruence._precision import at_least_float32
+from attncongruence.fast.ops import Batched, kernels, wants_grad
+from attncongruence.fast.tiles import Tiles, groups, m_kl, m_kl_grad
+
+Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def low_rank_kl(A: Tensor, B: Tensor, C: Tensor, D: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    """Sum over rows of m-KL(softmax(scale A B^T), softmax(scale C D^T)), Eq. 4, with its first derivative.
+
+    Args:
+        A, B, C, D: `(batch, heads, n, width)`; zero beyond a sample's length.
+        lengths: `(batch,)`: how many of the n rows and columns are a sample's own.
+        scale: factor of both products.
+
+    Returns:
+        `(batch, heads)`, in nats.
+    """
+    loss: Tensor = LowRankKL.apply(A, B, C, D, lengths, scale, wants_grad(A, B, C, D))[0]
+    return loss
+
+
+class LowRankKL(Batched):
+    """`low_rank_kl` to autograd: each head's gradient comes along with its loss, and backward only weights it."""
+
+    tensors = 5
+
+    @staticmethod
+    def forward(A: Tensor, B: Tensor, C: Tensor, D: Tensor, lengths: Tensor, scale: float, with_grad: bool) -> Five:
+        """Loss and, if wanted, its gradients."""
+        results: Five = _tiled(A, B, C, D, lengths, scale, with_grad)
+        return results
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Five) -> None:
+        """Keep the gradients."""
+        ctx.save_for_backward(*output[1:])
+        ctx.dtypes = [x.dtype for x in inputs[:4]]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """One weight for each head and sample."""
+        if grads[0] is None:
+            return (None,) * 7
+        weight = grads[0][..., None, None]
+        return *((weight * d).to(own) for d, own in zip(ctx.saved_tensors, ctx.dtypes, strict=True)), None, None, None
+
+
+@torch.library.custom_op(
+    "attncongruence::low_rank_kl",
+    mutates_args=(),
+    schema="(Tensor A, Tensor B, Tensor C, Tensor D, Tensor lengths, float scale, bool with_grad)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _tiled(A: Tensor, B: Tensor, C: Tensor, D: Tensor, lengths: Tensor, scale: float, with_grad: bool) -> Five:
+    if gpu := kernels(A, B, C, D):
+        results: Five = gpu.low_rank_kl(A, B, C, D, lengths, scale, with_grad)
+        return results
+    factors = [x.contiguous() for x in (A, B, C, D)]
+    loss = A.new_zeros(A.shape[:2])
+    dA, dB, dC, dD = ((torch.zeros_like(x) if with_grad else x.new_empty(0)) for x in factors)
+    for samples, n in groups(lengths, A.shape[2]):
+        # One map a head and sample: (samples heads, n, width)
+        a, b, c, d = (x[samples, :, :n].flatten(0, 1) for x in factors)
+        rows = a.new_empty(a.shape[:2])
+        grads = [torch.zeros_like(x) for x in (a, b, c, d)] if with_grad else []
+        tiles = Tiles(a.shape[0], n, 4, a)
+        for maps, row in tiles:
+            x, y, P, T = tiles.buffers(maps, row)
+            torch.baddbmm(x, a[maps, row], b[maps].mT, beta=0, alpha=scale, out=x)
+            torch.baddbmm(y, c[maps, row], d[maps].mT, beta=0, alpha=scale, out=y)
+            rows[maps, row] = m_kl(x, y, P, T)
+            if grads:
+                dx, minus_dy = m_kl_grad(x, y, P, T, rows[maps, row])
+                # dA = scale dx B, dB = scale dx^T A, and C, D likewise
+                grads[0][maps, row] = torch.bmm(dx, b[maps])
+                grads[1][maps].baddbmm_(dx.mT, a[maps, row])
+                grads[2][maps, row] = torch.bmm(minus_dy, d[maps])
+                grads[3][maps].baddbmm_(minus_dy.mT, c[maps, row])
+        loss[samples] = rows.sum(-1).view(-1, A.shape[1])
+        for whole, part, sign in zip((dA, dB, dC, dD), grads, (1, 1, -1, -1), strict=False):
+            torch.mul(part.view(-1, A.shape[1], *part.shape[1:]), sign * scale, out=whole[samples, :, :n])
+    return loss, dA, dB, dC, dD
+
+
+@_tiled.register_fake
+def _(A: Tensor, B: Tensor, C: Tensor, D: Tensor, lengths: Tensor, scale: float, with_grad: bool) -> Five:
+    work = at_least_float32(A)
+    dA, dB, dC, dD = (work.new_empty(x.shape if with_grad else (0,)) for x in (A, B, C, D))
+    return work.new_empty(A.shape[:2]), dA, dB, dC, dD

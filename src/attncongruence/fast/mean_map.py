@@ -1,0 +1,253 @@
+"""What the losses ask of the mean map of one modality, T = mean_h softmax(scale q_h k_h^T), without building it.
+
+Two things, both in one pass over tiles of its rows: the map seen through E, `R = E T E^T`, and its row divergences from
+a map of low rank, `F G^T`. Backward computes the tiles again. A tile holds some rows of all heads: O(heads M) memory.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from attncongruence._precision import at_least_float32
+from attncongruence.divergence import there_and_back, there_and_back_grad
+from attncongruence.fast.ops import Batched, refuse_second_derivative
+from attncongruence.fast.tiles import Tiles, groups, m_kl, m_kl_grad
+
+Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Target = Literal["softmax", "log", "distributed"]
+"""What FG^T is held against: softmax(T), T itself as a distribution, or T by IAIS's distributed formula."""
+
+
+def mean_map(
+    q: Tensor,
+    k: Tensor,
+    E: Tensor | None,
+    F: Tensor | None,
+    G: Tensor | None,
+    lengths: Tensor,
+    scale: float,
+    target: Target = "softmax",
+    epsilon: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """`E T E^T`, and the divergences of the rows of `F G^T` from those of T, summed.
+
+    Args:
+        q, k: `(batch, heads, n, width)`; zero beyond a sample's length.
+        E: `(batch, N, n)`, or None: no projection.
+        F, G: `(batch, n, rank)`, or None: no divergence.
+        lengths: `(batch,)`: how many of the n rows and columns are a sample's own.
+        scale: factor of `q k^T`.
+        target: how T enters the divergence.
+        epsilon: of the distributed formula.
+
+    Returns:
+        `(batch, N, N)`, and `(batch,)` in nats; empty where not asked for.
+    """
+    nothing = at_least_float32(q).new_zeros(q.shape[0], 0, 0)
+    if E is None and F is None:
+        return nothing, nothing.sum((1, 2))
+    E, F, G = (nothing if x is None else x for x in (E, F, G))
+    R, loss = MeanMap.apply(q, k, E, F, G, lengths, scale, target, epsilon)
+    return R, loss
+
+
+class MeanMap(Batched):
+    """`mean_map` to autograd."""
+
+    tensors = 6
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        """Projection and divergence."""
+        results: tuple[Tensor, Tensor] = _forward(*inputs)
+        return results
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Keep what the tiles are made of."""
+        ctx.save_for_backward(*inputs[:6])
+        ctx.options = inputs[6:]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The tiles once more."""
+        results = MeanMapGrad.apply(*ctx.saved_tensors, *grads, *ctx.options, ctx.needs_input_grad[2])
+        return *(d.to(x.dtype) for d, x in zip(results, ctx.saved_tensors[:5], strict=True)), None, None, None, None
+
+
+class MeanMapGrad(Batched):
+    """The backward pass of `MeanMap`, a function of its own so that `vmap` can map it."""
+
+    tensors = 8
+
+    @staticmethod
+    def forward(*inputs: Any) -> Five:
+        """Gradients of q, k, E, F, G."""
+        results: Five = _backward(*inputs)
+        return results
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Five) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Refused."""
+        refuse_second_derivative()
+
+
+class Rows:
+    """Tiles of rows of T, and the way back from them to q and k; samples of one length.
+
+    Args:
+        q, k: `(samples, heads, n, width)`.
+        scale: factor of `q k^T`.
+        log: whether log T is wanted, finite also where T underflows.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, scale: float, log: bool) -> None:
+        # Heads in front: one tile of one head after the other stays in the cache.
+        self.q, self.k = (at_least_float32(x).transpose(0, 1).contiguous() for x in (q, k))
+        self.scale, self.log, self.heads = scale, log, q.shape[1]
+        self.tiles = Tiles(q.shape[0], q.shape[2], self.heads + 5, self.q)
+
+    def map(self, maps: slice, rows: slice) -> tuple[list[Tensor], Tensor]:
+        """A tile of T or log T, after the softmaxes of all heads; and four more tiles to work with."""
+        *of_heads, x, T, y, P, Q = self.tiles.buffers(maps, rows)
+        for head, own in enumerate(of_heads):
+            torch.baddbmm(x, self.q[head, maps, rows], self.k[head, maps].mT, beta=0, alpha=self.scale, out=x)
+            if self.log:
+                torch.log_softmax(x, -1, out=own)
+                torch.logaddexp(T, own, out=T) if head else T.copy_(own)
+            else:
+                torch.softmax(x, -1, out=own)
+                T.add_(own) if head else T.copy_(own)
+        # T = mean_h softmax(scale q_h k_h^T)
+        T.sub_(math.log(self.heads)) if self.log else T.div_(self.heads)
+        return [*of_heads, x, y, P, Q], T
+
+    def grad(
+        self, maps: slice, rows: slice, tiles: list[Tensor], T: Tensor, dT: Tensor, dq: Tensor, dk: Tensor
+    ) -> None:
+        """From the gradient of a tile, of T or log T as held, to dq and dk, `(heads, samples, n, width)`."""
+        *of_heads, x = tiles
+        dT.div_(self.heads)
+        for head, own in enumerate(of_heads):
+            if self.log:
+                # d log P_h = d log T * P_h / (heads T); then the softmax, as a log-softmax
+                torch.sub(own, T, out=x).exp_().mul_(dT)
+                ds = torch.ops.aten._log_softmax_backward_data(x, own, -1, x.dtype)
+            else:
+                ds = torch.ops.aten._softmax_backward_data.out(dT, own, -1, x.dtype, grad_input=x)
+            torch.baddbmm(
+                dq[head, maps, rows], ds, self.k[head, maps], beta=0, alpha=self.scale, out=dq[head, maps, rows]
+            )
+            dk[head, maps].baddbmm_(ds.mT, self.q[head, maps, rows], alpha=self.scale)
+
+
+@torch.library.custom_op(
+    "attncongruence::mean_map",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor E, Tensor F, Tensor G, Tensor lengths, float scale, str target, float epsilon)"
+    " -> (Tensor, Tensor)",
+)
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    E: Tensor,
+    F: Tensor,
+    G: Tensor,
+    lengths: Tensor,
+    scale: float,
+    target: Target,
+    epsilon: float,
+) -> tuple[Tensor, Tensor]:
+    R, loss = F.new_zeros(q.shape[0], E.shape[1], E.shape[1]), F.new_zeros(q.shape[0])
+    for samples, n in groups(lengths, q.shape[2]):
+        rows = Rows(q[samples, :, :n], k[samples, :, :n], scale, target == "log")
+        e, f, g = E[samples, :, :n], F[samples, :n], G[samples, :n]
+        for maps, row in rows.tiles:
+            (*_, x, y, P, Q), T = rows.map(maps, row)
+            if E.numel():
+                # R = E T E^T, a sum over rows of T
+                W = torch.bmm(T.exp() if rows.log else T, e[maps].mT)
+                R[samples][maps] += torch.bmm(e[maps, :, row], W)
+            if F.numel():
+                torch.bmm(f[maps, row], g[maps].mT, out=x)
+                each = there_and_back(x, T, epsilon) if target == "distributed" else m_kl(x, y.copy_(T), P, Q)
+                loss[samples][maps] += each.sum(-1)
+    return R, loss
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, E: Tensor, F: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return F.new_empty(q.shape[0], E.shape[1], E.shape[1]), F.new_empty(q.shape[0])
+
+
+@torch.library.custom_op(
+    "attncongruence::mean_map_grad",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor E, Tensor F, Tensor G, Tensor lengths, Tensor dR, Tensor dloss, float scale,"
+    " str target, float epsilon, bool with_dE) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    E: Tensor,
+    F: Tensor,
+    G: Tensor,
+    lengths: Tensor,
+    dR: Tensor,
+    dloss: Tensor,
+    scale: float,
+    target: Target,
+    epsilon: float,
+    with_dE: bool,
+) -> Five:
+    dq, dk = (F.new_zeros(x.shape) for x in (q, k))
+    dE, dF, dG = (F.new_zeros(x.shape) for x in (E, F, G))
+    for samples, n in groups(lengths, q.shape[2]):
+        rows = Rows(q[samples, :, :n], k[samples, :, :n], scale, target == "log")
+        e, de = (x[samples, :, :n] for x in (E, dE))
+        f, g, df, dg = (x[samples, :n] for x in (F, G, dF, dG))
+        to_q, to_k = torch.empty_like(rows.q), torch.zeros_like(rows.k)
+        for maps, row in rows.tiles:
+            (*of_heads, x, y, P, Q), T = rows.map(maps, row)
+            dT = Q.zero_()
+            if F.numel():
+                torch.bmm(f[maps, row], g[maps].mT, out=x)
+                weight = dloss[samples][maps, None, None]
+                if target == "distributed":
+                    dx, dT = there_and_back_grad(x, T, epsilon)
+                    dT.mul_(weight)
+                else:
+                    dx, minus_dT = m_kl_grad(x, y.copy_(T), P, Q, m_kl(x, y, P, Q))
+                    dT = minus_dT.mul_(-weight)
+                dx.mul_(weight)
+                df[maps, row] = torch.bmm(dx, g[maps])
+                dg[maps].baddbmm_(dx.mT, f[maps, row])
+            if E.numel():
+                # dT = E^T dR E
+                left = torch.bmm(e[maps, :, row].mT, dR[samples][maps])
+                if rows.log:
+                    dT.addcmul_(torch.bmm(left, e[maps], out=x), torch.exp(T, out=y))
+                else:
+                    dT.baddbmm_(left, e[maps])
+                if with_dE:
+                    # dE = dR E T^T + dR^T E T
+                    linear = y if rows.log else T
+                    de[maps, :, row] += torch.bmm(dR[samples][maps], torch.bmm(e[maps], linear.mT))
+                    de[maps] += torch.bmm(torch.bmm(dR[samples][maps].mT, e[maps, :, row]), linear)
+            rows.grad(maps, row, [*of_heads, x], T, dT, to_q, to_k)
+        dq[samples, :, :n], dk[samples, :, :n] = to_q.transpose(0, 1), to_k.transpose(0, 1)
+    return dq, dk, dE, dF, dG
+
+
+@_backward.register_fake
+def _(q: Tensor, k: Tensor, E: Tensor, F: Tensor, G: Tensor, *rest: Any) -> Five:
+    dq, dk, dE, dF, dG = (F.new_empty(x.shape) for x in (q, k, E, F, G))
+    return dq, dk, dE, dF, dG

@@ -1,0 +1,103 @@
+"""What a loss can be asked of besides a tensor of scores: a captured layer, or queries and keys at hand."""
+
+from __future__ import annotations
+
+import abc
+
+from jaxtyping import Float
+from torch import Tensor
+
+from attncongruence._precision import at_least_float32, no_autocast
+from attncongruence._typing import checked, same_device
+
+
+class ScoreSource(abc.ABC):
+    """What has pre-softmax scores to give: a captured layer. The losses know it by this name alone."""
+
+    @property
+    @abc.abstractmethod
+    def scores(self) -> Tensor:
+        """Pre-softmax scores, `(batch, heads, queries, keys)`."""
+
+    @property
+    @abc.abstractmethod
+    def allowed(self) -> Tensor | None:
+        """Which pairs may attend, bool, 4-D and broadcastable to `scores`; None: all."""
+
+    @property
+    def query(self) -> Tensor | None:
+        """`(batch, heads, length, width)`, if `scale query key^T` is the score of each allowed pair; else None."""
+        return None
+
+    @property
+    def key(self) -> Tensor | None:
+        """As many heads as `query`."""
+        return None
+
+    @property
+    def scale(self) -> float:
+        """Factor of `query key^T`."""
+        return 1.0
+
+
+class QueryKey(ScoreSource):
+    """Queries and keys of one layer, instead of its scores: what the streaming form works on.
+
+    Args:
+        query: `(batch, heads, length, width)`, after rotary embedding and norms, if the layer has them.
+        key: `(batch, groups, length, width)`; with grouped queries, heads is a multiple of groups.
+        scale: factor of `query key^T`; None: 1 / sqrt(width), as in scaled dot product attention.
+
+    Raises:
+        jaxtyping.TypeCheckError: other shapes, integers.
+        ValueError: heads that are no multiple of groups, different dtypes, tensors on several devices.
+
+    Example:
+        >>> q, k = torch.tensor([[[[1.0], [2.0]]]]), torch.tensor([[[[3.0], [5.0]]]])
+        >>> QueryKey(q, k, scale=0.5).scores.tolist()
+        [[[[1.5, 2.5], [3.0, 5.0]]]]
+    """
+
+    def __init__(self, query: Tensor, key: Tensor, scale: float | None = None) -> None:
+        _check(query, key)
+        self._query = query
+        self._key = key.repeat_interleave(query.shape[1] // key.shape[1], 1) if key.shape[1] < query.shape[1] else key
+        self._scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+
+    @property
+    def query(self) -> Tensor:
+        """`(batch, heads, length, width)`."""
+        return self._query
+
+    @property
+    def key(self) -> Tensor:
+        """`(batch, heads, length, width)`, repeated over grouped queries."""
+        return self._key
+
+    @property
+    def scale(self) -> float:
+        """Factor of `query key^T`."""
+        return self._scale
+
+    @property
+    def allowed(self) -> None:
+        """None: all pairs may attend; a loss's `mask` says otherwise."""
+
+    @property
+    def scores(self) -> Tensor:
+        """`scale query key^T`, `(batch, heads, length, length)`, float32 for half inputs."""
+        with no_autocast(self._query.device):
+            return (self._scale * at_least_float32(self._query)) @ at_least_float32(self._key).mT
+
+
+@checked
+def _check(query: Float[Tensor, "batch heads length width"], key: Float[Tensor, "batch groups length width"]) -> None:
+    """Hold queries and keys to each other."""
+    same_device(query=query, key=key)
+    if query.dtype != key.dtype:
+        raise ValueError(f"query is {query.dtype} and key {key.dtype}: both must have one dtype")
+    if query.shape[1] % max(key.shape[1], 1):
+        raise ValueError(
+            f"query has {query.shape[1]} heads and key {key.shape[1]}: with grouped queries, the number of query heads "
+            "must be a multiple of the number of key heads"
+        )

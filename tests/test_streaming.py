@@ -1,0 +1,634 @@
+"""The streaming form: the dense form's numbers, from tiles of any size, in linear memory."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+import torch._dynamo.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
+
+from attncongruence import (
+    PRINTED,
+    RELEASED,
+    WEIGHTED_MEAN,
+    AttentionBlocks,
+    Convention,
+    QueryKey,
+    TokenLayout,
+    cacr_loss,
+    cacr_loss_qk,
+    capture_attention,
+    iais_loss,
+    split_attention,
+    symmetric_kl,
+)
+from attncongruence.divergence import there_and_back
+from attncongruence.fast import streaming, tiles
+from attncongruence.fast.low_rank import low_rank_kl
+from attncongruence.fast.mean_map import mean_map
+from tests.problems import (
+    CASES,
+    CONVENTIONS,
+    DIRECTIONS,
+    LOSSES,
+    Problem,
+    assert_close,
+    fast,
+    make_problem,
+    randn,
+    slow,
+)
+
+every_case = pytest.mark.parametrize(("name", "convention"), CASES)
+every_direction = pytest.mark.parametrize("direction", DIRECTIONS)
+every_kind = pytest.mark.parametrize("kind", ["int", "ragged", "interleaved"])
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of a few rows: of 9 rows, 2 or 3 at a time."""
+    set_tiles(monkeypatch, 700)
+
+
+def set_tiles(monkeypatch, size):
+    for module in (tiles, streaming):
+        monkeypatch.setattr(module, "cache_bytes", lambda device: size)
+
+
+def queries_and_keys(S, width=3, heads=None, seed=0, dtype=torch.float64):
+    """For the sequence of some scores: `(batch, heads, length, width)` twice."""
+    shape = S.shape[0], heads or S.shape[1], S.shape[-1], width
+    return [randn(*shape, seed=seed + i, dtype=dtype).requires_grad_() for i in range(2)]
+
+
+def value_and_grads(loss, q, k):
+    """A loss of `QueryKey(q, k)`, each sample with a weight of its own, and its gradients."""
+    value = loss(QueryKey(q, k, 0.8))
+    weights = torch.linspace(1.0, 2.0, value.numel(), dtype=value.dtype).view_as(value)
+    return value.detach(), *torch.autograd.grad((value * weights).sum(), (q, k))
+
+
+def assert_streaming_is_dense(loss, q, k, tolerance=1e-10):
+    dense = value_and_grads(lambda source: loss(source, impl="dense"), q, k)
+    ours = value_and_grads(lambda source: loss(source, impl="streaming"), q, k)
+    for a, b in zip(ours, dense, strict=True):
+        assert_close(a, b, tolerance)
+    return ours
+
+
+# ---------------------------------------------------------------- the two operators
+
+
+def factors(batch=3, heads=2, n=9, width=4, lengths=(9, 0, 5)):
+    lengths = torch.tensor(lengths)
+    real = torch.arange(n) < lengths[:, None]
+    made = [randn(batch, heads, n, width, seed=seed) * real[:, None, :, None] for seed in range(4)]
+    return [x.requires_grad_() for x in made], lengths
+
+
+def low_rank_by_hand(A, B, C, D, lengths, scale):
+    each = []
+    for sample, n in enumerate(lengths.tolist()):
+        a, b, c, d = (x[sample, :, :n] for x in (A, B, C, D))
+        each.append(
+            symmetric_kl(scale * a @ b.mT, scale * c @ d.mT).sum(-1)
+            if n
+            else 0 * sum(x[sample].sum((1, 2)) for x in (A, B, C, D))
+        )
+    return torch.stack(each)
+
+
+@pytest.mark.parametrize("cache", [1, 700, 2000, 10**6])
+@pytest.mark.parametrize("lengths", [(9, 0, 5), (9, 9, 9), (1, 1, 0), (0, 0, 0)])
+def test_low_rank_kl(monkeypatch, cache, lengths):
+    set_tiles(monkeypatch, cache)
+    inputs, lengths = factors(lengths=lengths)
+    weights = randn(3, 2, seed=9)
+    loss, expected = low_rank_kl(*inputs, lengths, 0.7), low_rank_by_hand(*inputs, lengths, 0.7)
+    assert_close(loss, expected, 1e-13)
+    grads, wanted = (torch.autograd.grad((x * weights).sum(), inputs) for x in (loss, expected))
+    for ours, theirs in zip(grads, wanted, strict=True):
+        assert_close(ours, theirs, 1e-13)
+
+
+def map_inputs(n=9, lengths=(9, 0, 5)):
+    lengths = torch.tensor(lengths)
+    real = (torch.arange(n) < lengths[:, None]).double()
+    q, k = (randn(3, 2, n, 2, seed=seed) * real[:, None, :, None] for seed in (0, 1))
+    E, G = randn(3, 4, n, seed=2).softmax(-1) * real[:, None], randn(3, n, 3, seed=3).softmax(-1) * real[..., None]
+    F = randn(3, n, 3, seed=4).softmax(-1) * real[..., None]
+    return [x.requires_grad_() for x in (q, k, E, F, G)], lengths
+
+
+def map_by_hand(q, k, E, F, G, lengths, target):
+    R, losses = [], []
+    for sample, n in enumerate(lengths.tolist()):
+        T = (0.7 * q[sample, :, :n] @ k[sample, :, :n].mT).softmax(-1).mean(0)
+        R.append(E[sample, :, :n] @ T @ E[sample, :, :n].mT)
+        X = F[sample, :n] @ G[sample, :n].mT
+        rows = {
+            "softmax": lambda X=X, T=T: symmetric_kl(X, T),
+            "log": lambda X=X, T=T: symmetric_kl(X, T.log()),
+            "distributed": lambda X=X, T=T: there_and_back(X, T, 1e-3),
+        }
+        losses.append(rows[target]().sum())
+    return torch.stack(R), torch.stack(losses)
+
+
+@pytest.mark.parametrize("cache", [1, 1500, 4000, 10**6])
+@pytest.mark.parametrize("target", ["softmax", "log", "distributed"])
+@pytest.mark.parametrize("asked", ["both", "projection", "divergence"])
+def test_mean_map(monkeypatch, cache, target, asked):
+    set_tiles(monkeypatch, cache)
+    inputs, lengths = map_inputs()
+    q, k, E, F, G = inputs
+    R, loss = mean_map(
+        q,
+        k,
+        None if asked == "divergence" else E,
+        *((None, None) if asked == "projection" else (F, G)),
+        lengths,
+        0.7,
+        target,
+        1e-3,
+    )
+    expected_R, expected = map_by_hand(*inputs, lengths, target)
+    ours, theirs = [], []
+    if asked != "divergence":
+        assert_close(R, expected_R, 1e-13)
+        ours.append((R * randn(*R.shape, seed=7)).sum())
+        theirs.append((expected_R * randn(*R.shape, seed=7)).sum())
+    if asked != "projection":
+        assert_close(loss, expected, 1e-12)
+        ours.append((loss * randn(3, seed=8)).sum())
+        theirs.append((expected * randn(3, seed=8)).sum())
+    used = {"both": inputs, "projection": inputs[:3], "divergence": [q, k, F, G]}[asked]
+    for a, b in zip(torch.autograd.grad(sum(ours), used), torch.autograd.grad(sum(theirs), used), strict=True):
+        assert_close(a, b, 1e-12)
+
+
+def test_operators_pass_gradcheck(small_tiles):
+    inputs, lengths = factors(heads=1, n=4, width=2, lengths=(4, 0, 3))
+    assert torch.autograd.gradcheck(lambda *x: low_rank_kl(*x, lengths, 0.7), inputs)
+    inputs, lengths = map_inputs(n=4, lengths=(4, 1, 3))
+    for target in ("softmax", "log", "distributed"):
+        assert torch.autograd.gradcheck(lambda *x, t=target: mean_map(*x, lengths, 0.7, t, 1e-3), inputs)
+
+
+def test_tiles_cover_every_row_of_every_map_once(monkeypatch):
+    for maps, n, size in itertools.product((1, 2, 5), (1, 7, 600), (1, 5000, 10**6)):
+        set_tiles(monkeypatch, size)
+        cut = tiles.Tiles(maps, n, 4, torch.zeros(1))
+        seen = torch.zeros(maps, n)
+        for which, rows in cut:
+            seen[which, rows] += 1
+            buffers = cut.buffers(which, rows)
+            assert [tuple(x.shape) for x in buffers] == [(which.stop - which.start, rows.stop - rows.start, n)] * 4
+            spans = sorted((x.data_ptr(), x.data_ptr() + 4 * x.numel()) for x in buffers)
+            assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+            # No more than the cache holds, but for a single row.
+            assert 16 * buffers[0].numel() <= max(size, 16 * n)
+        assert (seen == 1).all()
+
+
+def test_tiles_are_made_for_the_cache_of_this_machine():
+    assert 2**16 <= tiles.cache_bytes(torch.device("cpu")) <= 2**24
+
+
+# ---------------------------------------------------------------- equals the dense form
+
+
+@every_case
+@every_direction
+@every_kind
+@settings(max_examples=4)
+@given(data=st.data())
+def test_streaming_is_dense(name, convention, direction, kind, data):
+    problem: Problem = make_problem(
+        kind,
+        4,
+        seed=data.draw(st.integers(0, 2**20)),
+        batch=data.draw(st.integers(1, 3)),
+        heads=data.draw(st.integers(1, 3)),
+        n=data.draw(st.integers(1, 13)),
+        m=data.draw(st.integers(1, 13)),
+    )
+    q, k = queries_and_keys(problem.S, width=data.draw(st.integers(1, 5)), seed=data.draw(st.integers(0, 99)))
+    reduction = data.draw(st.sampled_from(["none", "sum", "mean"]))
+
+    def loss(source, **options):
+        return fast(
+            name,
+            source,
+            problem.n_text,
+            mask=problem.mask,
+            convention=convention,
+            direction=direction,
+            reduction=reduction,
+            **options,
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        set_tiles(patch, data.draw(st.sampled_from([1, 500, 2000, 10**6])))
+        assert_streaming_is_dense(loss, q, k)
+
+
+OWN = [
+    Convention(blocks, heads, E, detached, 0.7, target, iais, rows)
+    for blocks, heads, E, detached, target, iais, rows in itertools.product(
+        ("probabilities", "scores"),
+        ("mean_map", "mean_loss"),
+        ("block", "softmax"),
+        (True, False),
+        (True, False),
+        (True, False),
+        ("mean", "sum"),
+    )
+    if blocks == "probabilities" or (target and iais)
+]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_any_convention_of_ones_own(name, small_tiles):
+    loss, _, extra, _ = LOSSES[name]
+    for number, convention in enumerate(OWN):
+        if name == "distributed" and convention.blocks == "scores":
+            continue
+        n, m = ((4, 7), (7, 4))[number % 2]
+        problem = make_problem("ragged", 4, seed=number, batch=3, n=n, m=m)
+        q, k = queries_and_keys(problem.S, seed=number)
+        for direction in DIRECTIONS:
+            assert_streaming_is_dense(
+                lambda source, c=convention, d=direction, p=problem, **o: loss(
+                    source, p.n_text, mask=p.mask, convention=c, direction=d, reduction="none", **extra, **o
+                ),
+                q,
+                k,
+            )
+
+
+@every_case
+@every_direction
+def test_streaming_is_algorithm_1(name, convention, direction, small_tiles):
+    problem = make_problem("interleaved", 4, seed=3, n=4, m=5)
+    q, k = queries_and_keys(problem.S)
+
+    def loss(source, **options):
+        return fast(name, source, problem.n_text, convention=convention, direction=direction, **options)
+
+    expected = value_and_grads(
+        lambda s: slow(name, s, problem.n_text, convention=convention, direction=direction), q, k
+    )
+    ours = value_and_grads(lambda s: loss(s, impl="streaming"), q, k)
+    for a, b in zip(ours, expected, strict=True):
+        assert_close(a, b, 1e-10)
+
+
+@every_case
+def test_gradcheck(name, convention, small_tiles):
+    problem = make_problem("interleaved", 4, seed=11, n=3, m=4)
+    attached = replace(CONVENTIONS[convention], detach_equivalence=False)
+    loss, _, extra, _ = LOSSES[name]
+    q, k = queries_and_keys(problem.S)
+    assert torch.autograd.gradcheck(
+        lambda q, k: loss(
+            QueryKey(q, k), problem.n_text, convention=attached, reduction="none", impl="streaming", **extra
+        ),
+        (q, k),
+    )
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_grouped_queries(groups):
+    q, k = randn(2, 4, 9, 3, seed=1).requires_grad_(), randn(2, groups, 9, 3, seed=2).requires_grad_()
+    for convention in CONVENTIONS.values():
+        both = []
+        for impl in ("dense", "streaming"):
+            loss = cacr_loss_qk(q, k, 4, convention=convention, impl=impl)
+            both.append((loss, *torch.autograd.grad(loss, (q, k))))
+        repeated = k.repeat_interleave(4 // groups, 1)
+        assert_close(both[0][0], cacr_loss(3**-0.5 * q @ repeated.mT, 4, convention=convention), 1e-12)
+        for a, b in zip(*both, strict=True):
+            assert_close(b, a, 1e-11)
+
+
+def test_queries_and_keys_are_their_scores():
+    q, k = queries_and_keys(torch.zeros(2, 2, 9, 9))
+    for scale, factor in ((None, 3**-0.5), (0.2, 0.2), (1, 1.0)):
+        source = QueryKey(q, k, scale)
+        assert_close(source.scores, factor * q @ k.mT, 1e-15)
+        assert_close(cacr_loss_qk(q, k, 4, scale=scale), cacr_loss(factor * q @ k.mT, 4), 1e-14)
+
+
+# ---------------------------------------------------------------- padding, extremes, precision
+
+
+@every_case
+@pytest.mark.parametrize("junk", [float("nan"), float("inf"), 1e30])
+def test_padding_changes_nothing(name, convention, junk, small_tiles):
+    problem = make_problem("ragged", 4, seed=4, batch=3, n=5, m=6)
+    padding = ~(problem.text | problem.image)
+    assert padding.any()
+    q, k = (x.detach() for x in queries_and_keys(problem.S))
+    results = []
+    for value in (0.0, junk):
+        dirty = [x.masked_fill(padding[:, None, :, None], value).requires_grad_() for x in (q, k)]
+        results.append(
+            value_and_grads(
+                lambda s: fast(
+                    name,
+                    s,
+                    problem.n_text,
+                    mask=problem.mask,
+                    convention=convention,
+                    reduction="none",
+                    impl="streaming",
+                ),
+                *dirty,
+            )
+        )
+    for clean, ours in zip(*results, strict=True):
+        assert torch.equal(clean, ours)
+        assert torch.isfinite(ours).all()
+    for grad in results[1][1:]:
+        assert (grad.mT[padding[:, None, None].expand_as(grad.mT)] == 0).all()
+
+
+@every_case
+@pytest.mark.parametrize("where", ["query of an image token", "key of an image token", "query of a text token"])
+def test_nan_is_passed_on(name, convention, where):
+    q, k = (x.detach().clone() for x in queries_and_keys(torch.zeros(1, 2, 9, 9)))
+    (k if "key" in where else q)[0, 1, 6 if "image" in where else 2, 0] = float("nan")
+    for impl in ("dense", "streaming"):
+        assert fast(name, QueryKey(q, k), 4, convention=convention, impl=impl).isnan()
+
+
+@every_case
+@every_direction
+def test_finite_at_extreme_logits(name, convention, direction):
+    # Scores of +-200 in float32: most probabilities are exactly 0.
+    signs = [torch.where(randn(2, 3, 9, 4, seed=seed) > 0, 1.0, -1.0).float().requires_grad_() for seed in (0, 1)]
+    assert (50 * (signs[0] @ signs[1].mT)).abs().max() == 200
+
+    def loss(source, impl):
+        return fast(
+            name, QueryKey(source.query, source.key, 50.0), 4, convention=convention, direction=direction, impl=impl
+        )
+
+    dense, ours = (value_and_grads(lambda s, i=impl: loss(s, i), *signs) for impl in ("dense", "streaming"))
+    for a, b in zip(ours, dense, strict=True):
+        assert torch.isfinite(a).all()
+        assert_close(a, b, 1e-5)
+
+
+@every_case
+@pytest.mark.parametrize(
+    "n_text", [0, 6, torch.tensor([0, 6]), TokenLayout(*[torch.zeros(2, 6, dtype=torch.bool)] * 2)]
+)
+def test_a_missing_modality_costs_exactly_nothing(name, convention, n_text):
+    q, k = (torch.full((2, 2, 6, 3), float("nan"), dtype=torch.float64, requires_grad=True) for _ in range(2))
+    for reduction in ("none", "mean"):
+        value, *grads = value_and_grads(
+            lambda s, r=reduction: fast(name, s, n_text, convention=convention, reduction=r, impl="streaming"), q, k
+        )
+        assert (value == 0).all()
+        assert all((grad == 0).all() for grad in grads)
+
+
+def test_equal_maps_cost_nothing():
+    # One image token for each text token, with its query and key: E is one-hot as temperature falls, R = LL.
+    half = 20 * torch.eye(5, dtype=torch.float64) + randn(5, 5)
+    q = k = torch.cat([half, half])[None, None]
+    sharp = replace(WEIGHTED_MEAN, temperature=1e-3)
+    assert cacr_loss(QueryKey(q, k), 5, convention=sharp, impl="streaming") == pytest.approx(0, abs=1e-12)
+    k = torch.cat([half, half.flip(0)])[None, None]
+    assert cacr_loss(QueryKey(q, k), 5, convention=sharp, impl="streaming") > 1
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_errs_no_more_than_dense(name, convention, dtype):
+    q, k = (randn(4, 4, 40, 16, seed=seed) for seed in (0, 1))
+    exact = fast(name, QueryKey(q, k), 10, convention=convention, reduction="none", impl="dense")
+    dense, ours = (
+        fast(name, QueryKey(q.to(dtype), k.to(dtype)), 10, convention=convention, reduction="none", impl=impl)
+        for impl in ("dense", "streaming")
+    )
+    assert ours.dtype == torch.float32
+    assert (ours - exact).norm() <= 1.01 * (dense - exact).norm()
+
+
+@every_case
+def test_single_precision_errs_no_more_than_dense(name, convention):
+    q, k = (randn(4, 4, 60, 16, seed=seed).float() for seed in (0, 1))
+    exact = fast(name, QueryKey(q.double(), k.double()), 10, convention=convention, reduction="none", impl="dense")
+    dense, ours = (
+        (fast(name, QueryKey(q, k), 10, convention=convention, reduction="none", impl=impl) - exact).norm()
+        for impl in ("dense", "streaming")
+    )
+    assert ours <= 2 * dense + 1e-6 * exact.norm()
+
+
+# ---------------------------------------------------------------- autograd, autocast, transforms, compilation
+
+
+@every_case
+def test_a_second_derivative_is_refused(name, convention):
+    q, k = queries_and_keys(torch.zeros(1, 2, 9, 9))
+    loss = fast(name, QueryKey(q, k), 4, convention=convention, impl="streaming")
+    first = torch.autograd.grad(loss, (q, k), create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivative .* impl='dense'"):
+        torch.autograd.grad(sum(x.sum() for x in first), (q, k))
+
+
+@every_case
+def test_gradients_of_frozen_queries_are_not_asked_for(name, convention):
+    q, k = queries_and_keys(torch.zeros(1, 2, 9, 9))
+    whole = torch.autograd.grad(fast(name, QueryKey(q, k), 4, convention=convention, impl="streaming"), k)[0]
+    ours = torch.autograd.grad(fast(name, QueryKey(q.detach(), k), 4, convention=convention, impl="streaming"), k)[0]
+    assert torch.equal(ours, whole)
+    with torch.no_grad():
+        assert not fast(name, QueryKey(q, k), 4, convention=convention, impl="streaming").requires_grad
+
+
+@every_case
+def test_autocast_changes_nothing(name, convention):
+    q, k = queries_and_keys(torch.zeros(2, 2, 9, 9), dtype=torch.float32)
+    expected = value_and_grads(lambda s: fast(name, s, 4, convention=convention, impl="streaming"), q, k)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = fast(name, QueryKey(q, k, 0.8), 4, convention=convention, impl="streaming")
+    assert loss.dtype == torch.float32
+    for a, b in zip((loss, *torch.autograd.grad(loss, (q, k))), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@every_case
+def test_vmap_and_grad_transforms(name, convention, small_tiles):
+    q, k = (randn(3, 2, 2, 9, 4, seed=seed) for seed in (0, 1))
+
+    def loss(q, k):
+        return fast(name, QueryKey(q, k), 4, convention=convention, impl="streaming")
+
+    each = torch.stack([loss(*pair) for pair in zip(q, k, strict=True)])
+    assert_close(torch.func.vmap(loss)(q, k), each, 1e-12)
+    assert_close(torch.func.vmap(loss, (0, None))(q, k[0]), torch.stack([loss(x, k[0]) for x in q]), 1e-12)
+    grads = torch.func.vmap(torch.func.grad(loss))(q, k)
+    for x, y, ours in zip(q, k, grads, strict=True):
+        x = x.clone().requires_grad_()
+        assert_close(ours, torch.autograd.grad(loss(x, y), x)[0], 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "convention", "kind"),
+    [(*case, kind) for case, kind in zip(CASES, itertools.cycle(["interleaved", "int", "ragged"]), strict=False)],
+)
+def test_compiles_without_a_break(name, convention, kind):
+    torch._dynamo.reset()
+    problem = make_problem(kind, 4, seed=1)
+    q, k = queries_and_keys(problem.S)
+
+    def loss(source):
+        return fast(name, source, problem.n_text, mask=problem.mask, convention=convention, impl="streaming")
+
+    compiled = torch.compile(lambda q, k: loss(QueryKey(q, k, 0.8)), fullgraph=True, backend="aot_eager")
+    value = compiled(q, k)
+    for a, b in zip((value, *torch.autograd.grad(value, (q, k))), value_and_grads(loss, q, k), strict=True):
+        assert_close(a, b, 1e-12)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_compiles_once_for_many_shapes(name):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda q, k: fast(name, QueryKey(q, k, 0.8), 4, impl="streaming"), fullgraph=True, dynamic=True, backend=counter
+    )
+    for batch, length in ((5, 9), (7, 12), (6, 17), (8, 14)):
+        q, k = queries_and_keys(torch.zeros(batch, 2, length, length))
+        expected = value_and_grads(lambda s: fast(name, s, 4, impl="streaming"), q, k)
+        value = compiled(q, k)
+        for a, b in zip((value, *torch.autograd.grad(value, (q, k))), expected, strict=True):
+            assert_close(a, b, 1e-12)
+    assert counter.frame_count <= 2
+
+
+def test_compiles_with_inductor():
+    torch._dynamo.reset()
+    q, k = queries_and_keys(torch.zeros(2, 2, 9, 9), dtype=torch.float32)
+    for convention in (RELEASED, WEIGHTED_MEAN):
+        loss = torch.compile(
+            lambda q, k, c=convention: cacr_loss_qk(q, k, 4, convention=c, impl="streaming"), fullgraph=True
+        )(q, k)
+        expected = cacr_loss_qk(q, k, 4, convention=convention, impl="dense")
+        wanted = torch.autograd.grad(expected, (q, k))
+        assert_close(loss, expected, 1e-5)
+        for a, b in zip(torch.autograd.grad(loss, (q, k)), wanted, strict=True):
+            assert_close(a, b, 1e-5)
+
+
+# ---------------------------------------------------------------- from a model; which form is taken
+
+
+def bert():
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    return BertModel(config).eval()
+
+
+@every_case
+def test_a_captured_layer_with_padding(name, convention):
+    model, ids = bert(), torch.arange(20).view(2, 10)
+    mask = torch.tensor([[1] * 10, [1] * 6 + [0] * 4])
+    results = []
+    for impl in ("dense", "streaming"):
+        with capture_attention(model) as capture:
+            model(input_ids=ids, attention_mask=mask)
+            loss = fast(name, capture.pop(), 4, convention=convention, impl=impl)
+        model.zero_grad()
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(results[0]) > 10
+    for ours, theirs in zip(*results, strict=True):
+        assert_close(ours, theirs, 1e-6)
+
+
+def taken(monkeypatch, loss):
+    """Which form a loss takes."""
+    seen = []
+    original = streaming.per_sample
+    monkeypatch.setattr(streaming, "per_sample", lambda *args: seen.append("streaming") or original(*args))
+    loss()
+    return seen or ["dense"]
+
+
+def test_auto_takes_the_form_that_pays(monkeypatch):
+    q, k = queries_and_keys(torch.zeros(1, 1, 9, 9))
+    for pays in (True, False):
+        monkeypatch.setattr(streaming, "pays", lambda *args, p=pays: p)
+        expected = "streaming" if pays else "dense"
+        assert taken(monkeypatch, lambda: cacr_loss_qk(q, k, 4)) == [expected]
+        assert taken(monkeypatch, lambda: cacr_loss_qk(q, k, 4, impl="dense")) == ["dense"]
+        assert taken(monkeypatch, lambda: cacr_loss(QueryKey(q, k).scores, 4)) == ["dense"]
+        assert taken(monkeypatch, lambda: iais_loss(QueryKey(q, k), 4)) == [expected]
+        # Pairs that may not attend have no low-rank form; the same pairs for all queries are only padding.
+        causal = torch.ones(1, 9, 9, dtype=torch.bool).tril()
+        assert taken(monkeypatch, lambda c=causal: cacr_loss_qk(q, k, 4, mask=c, direction="vision")) == ["dense"]
+        padding = (torch.arange(9) < 7).expand(1, 1, 9, 9)
+        for mask in (padding, padding.contiguous()):
+            assert taken(monkeypatch, lambda m=mask: cacr_loss_qk(q, k, 4, mask=m)) == [expected]
+            assert_close(cacr_loss_qk(q, k, 4, mask=mask), cacr_loss_qk(q, k, 4, mask=mask[:, 0, 0]), 1e-14)
+
+
+CAUSAL = torch.ones(1, 9, 9, dtype=torch.bool).tril()
+Q, K = (x.detach() for x in queries_and_keys(torch.zeros(1, 2, 9, 9)))
+
+
+class Biased(QueryKey):
+    """A layer that adds something to its scores."""
+
+    query = None
+
+
+@pytest.mark.parametrize(
+    ("attention", "n_text", "mask", "message"),
+    [
+        (QueryKey(Q, K).scores, 4, None, "it was given scores, not queries and keys"),
+        (split_attention(QueryKey(Q, K).scores, 4), None, None, "it was given AttentionBlocks"),
+        (AttentionBlocks.from_streams(LL=Q @ K.mT, LV=Q @ K.mT, VV=Q @ K.mT), None, None, "AttentionBlocks"),
+        (Biased(Q, K), 4, None, r"scores are not scale query key\^T"),
+        (QueryKey(Q, K), 4, CAUSAL, r"which pairs may attend .*impl='auto'"),
+        (QueryKey(Q, K), 10, None, "n_text=10 is out of range"),
+        (QueryKey(Q, K), None, None, "n_text is missing"),
+    ],
+)
+def test_rejects_what_it_cannot_stream(attention, n_text, mask, message):
+    for loss in (cacr_loss, iais_loss):
+        with pytest.raises(ValueError, match=message):
+            loss(attention, n_text, mask=mask, impl="streaming")
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "error", "message"),
+    [
+        (Q, K[:, :, :8], TypeCheckError, "length"),
+        (Q, K[..., :2], TypeCheckError, "width"),
+        (Q[0], K[0], TypeCheckError, "batch heads length width"),
+        (Q, K.expand(-1, 2, -1, -1).repeat(1, 2, 1, 1)[:, :3], ValueError, "query has 2 heads and key 3"),
+        (Q, K.float(), ValueError, "query is torch.float64 and key torch.float32"),
+        (Q, K.to("meta"), ValueError, "query on cpu, key on meta"),
+        (Q.long(), K.long(), TypeCheckError, "query"),
+    ],
+)
+def test_rejects_queries_and_keys_that_do_not_fit(query, key, error, message):
+    with pytest.raises(error, match=message):
+        QueryKey(query, key)
+
+
+def test_distributed_alignment_of_scores_is_refused():
+    with pytest.raises(ValueError, match="alignment='distributed' is not defined on raw scores"):
+        iais_loss(QueryKey(Q, K), 4, alignment="distributed", convention=PRINTED, impl="streaming")
