@@ -1,5 +1,6 @@
 # Every target sets up what it needs in .venv first; nothing has to be installed by hand but Python and make.
 PYTHON ?= python3
+DEVICE ?= cpu
 BIN := .venv/bin
 READY := .venv/.ready
 
@@ -18,10 +19,10 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-bench: $(READY)  ## measure again: writes benchmarks/results/
+bench: $(READY)  ## measure again, with DEVICE=cuda on a card: writes benchmarks/results/
+	$(BIN)/python -m benchmarks --device $(DEVICE)
 	$(BIN)/python -m benchmarks.conventions
-	$(BIN)/python -m benchmarks.loops
-	$(BIN)/python -m benchmarks.capture_cost
+	$(BIN)/python -m benchmarks.capture_cost --device $(DEVICE)
 
 build: $(READY)  ## wheel and sdist in dist/
 	$(BIN)/python -m build
@@ -29,7 +30,7 @@ build: $(READY)  ## wheel and sdist in dist/
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[hf,timm,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[hf,timm,viz,dev]'
 	touch $@
 
 clean:

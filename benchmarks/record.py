@@ -12,24 +12,29 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "einops", "jaxtyping", "beartype", "transformers", "timm")
+PACKAGES = ("torch", "triton", "einops", "jaxtyping", "beartype", "transformers", "timm")
 
 
-def environment(module: str) -> dict[str, Any]:
-    """Machine, versions, commit and command of this run."""
+def environment(module: str, arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Machine, versions, commit and command of this run, by default with the arguments it was started with.
+
+    In a copy that git knows nothing about, `BENCH_COMMIT` says which commit it is.
+    """
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    known = _git("rev-parse", "--short", "HEAD")
+    changes = bool(_git("status", "--porcelain", "--", "src", "benchmarks/*.py")) if known else None
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": {
@@ -39,10 +44,20 @@ def environment(module: str) -> dict[str, Any]:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "versions": versions,
-        "commit": _git("rev-parse", "--short", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--", "src", "benchmarks/*.py")),
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "commit": known or os.environ.get("BENCH_COMMIT", ""),
+        "uncommitted_changes": changes,
+        "command": shlex.join(["python", "-m", module, *(sys.argv[1:] if arguments is None else arguments)]),
     }
+
+
+def clock(device: str) -> Callable[[], float]:
+    """The clock on the wall; on a card, once all work is done."""
+
+    def after_all_work() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return after_all_work if device == "cuda" else time.perf_counter
 
 
 def paired(
@@ -65,21 +80,29 @@ def paired(
     return seconds
 
 
-def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
+def ratio(slow: list[float], fast: list[float]) -> Spread:
     """How many times longer one run took than another: the median of the round-by-round ratios, and their quartiles."""
-    ratios = [a / b for a, b in zip(slow, fast, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
-    return {"median": statistics.median(ratios), "lower_quartile": low, "upper_quartile": high}
+    return spread([a / b for a, b in zip(slow, fast, strict=True)])
 
 
-Results = dict[str, dict[str, dict[str, float]]]
+def spread(values: list[float]) -> Spread:
+    """Median and quartiles."""
+    low, _, high = statistics.quantiles(values, n=4)
+    return {"median": statistics.median(values), "lower_quartile": low, "upper_quartile": high}
+
+
+Spread = dict[str, float]
+Results = dict[str, dict[str, dict[str, Any]]]
 
 
 def table(title: str, results: Results, number: Callable[[float], str]) -> str:
-    """Ratios, `{what: {variant: ratio(...)}}`, as Markdown."""
+    """Ratios, `{what: {variant: ratio(...)}}`, as Markdown; `{"not_run": why}` in place of a ratio says why."""
     lines = [f"| {title} | | median | quartiles |", "| --- | --- | ---: | ---: |"]
     for what, ratios in results.items():
         for variant, r in ratios.items():
+            if "not_run" in r:
+                lines.append(f"| {what} | {variant} | not run: {r['not_run']} | |")
+                continue
             median, low, high = (number(r[key]) for key in ("median", "lower_quartile", "upper_quartile"))
             lines.append(f"| {what} | {variant} | {median} | {low} to {high} |")
     return "\n".join(lines)
@@ -106,5 +129,8 @@ def _processor() -> str:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:  # no git here
+        return ""
     return done.stdout.strip()

@@ -1,9 +1,14 @@
-"""What holds for every test: one thread a worker, and hypothesis without a clock."""
+"""What holds for every test: one thread a worker, hypothesis without a clock, and GPU kernels without a GPU."""
+
+import os
 
 import hypothesis
 import torch
 
 torch.set_num_threads(1)
+# Without a card, kernels run in Triton's interpreter. It must be chosen before Triton is imported, by whichever test.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Two noisy cores: a deadline would measure the machine. Derandomised, so that a red test is red again.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("suite")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attncongruence import TokenLayout, cacr_loss
-from benchmarks import capture_cost, loops, record
+from benchmarks import capture_cost, loops, record, report
 from benchmarks.released_loop import cacr_per_sample, uniter_batch
 from tests.problems import assert_close, value_and_grad
 
@@ -26,8 +26,11 @@ def test_the_loops_are_timed_against_the_dense_form():
     ratios = loops.per_sample(4, rounds=2)
     assert set(ratios) == {"dense, boundary and mask", "dense, TokenLayout"}
     assert all(numbers["median"] > 0 for numbers in ratios.values())
-    committed = record.committed("loops-cpu")
-    assert all(numbers["median"] > 1 for group in committed.values() for numbers in group.values())
+    newest = report.latest("cpu")
+    measured = newest["results"]["loops"] if newest else record.committed("loops-cpu")
+    ran = [numbers for group in measured.values() for numbers in group.values() if "not_run" not in numbers]
+    assert ran
+    assert all(numbers["median"] > 1 for numbers in ran)
 
 
 def test_the_captured_step_trains_on_the_loss_too(monkeypatch):
@@ -66,7 +69,7 @@ def test_result_files_say_where_they_come_from():
     for file in files:
         content = json.loads(file.read_text())
         environment = content["environment"]
-        assert environment["command"].startswith("python -m benchmarks."), file
+        assert environment["command"].startswith("python -m benchmarks"), file
         assert environment["versions"]["torch"], file
         assert environment["machine"]["processor"], file
         assert environment["commit"], file

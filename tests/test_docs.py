@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import capture_cost, conventions, loops
+from benchmarks import capture_cost, conventions, loops, report
 from benchmarks.record import committed
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +46,6 @@ def test_links_lead_somewhere(page):
     ("page", "result", "tables"),
     [
         ("docs/conventions.md", "conventions", conventions.tables),
-        ("README.md", "loops-cpu", loops.table),
         ("docs/capture.md", "capture-cost-cpu", capture_cost.table),
     ],
 )
@@ -54,6 +53,21 @@ def test_tables_are_the_committed_ones(page, result, tables):
     text = (ROOT / page).read_text()
     for table in tables(committed(result)).split("\n\n"):
         assert table in text
+
+
+def test_the_loops_in_the_readme_are_the_newest():
+    newest = report.latest("cpu")
+    assert (
+        loops.table(newest["results"]["loops"] if newest else committed("loops-cpu"))
+        in (ROOT / "README.md").read_text()
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_of_the_speed_suite_are_the_newest(page):
+    text = page.read_text()
+    assert len(report.MARKED.findall(text)) == text.count("<!-- bench ") == text.count("<!-- /bench -->")
+    assert report.fill(text) == text, "python -m benchmarks.report writes them"
 
 
 def test_the_committed_conventions_are_what_is_measured():

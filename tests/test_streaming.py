@@ -584,6 +584,29 @@ def test_auto_takes_the_form_that_pays(monkeypatch):
             assert_close(cacr_loss_qk(q, k, 4, mask=mask), cacr_loss_qk(q, k, 4, mask=mask[:, 0, 0]), 1e-14)
 
 
+def test_auto_pays_where_the_scores_leave_the_cache(monkeypatch):
+    set_tiles(monkeypatch, 4 * 3 * 300**2)
+    for batch, longest, raw, probabilities in (
+        (3, (44, 256), False, False),
+        (4, (44, 256), True, False),
+        (4, (256, 44), True, False),
+        (7, (44, 256), True, True),
+        (7, (45, 255), False, False),
+    ):
+        query = torch.empty(batch, 1, 300, 8)
+        assert streaming.pays(query, longest, WEIGHTED_MEAN) == raw
+        assert streaming.pays(query, longest, RELEASED) == probabilities
+        assert streaming.pays(query.half(), longest, WEIGHTED_MEAN) == raw  # scores are float32 then, too
+
+
+def test_auto_compiles(monkeypatch):
+    torch._dynamo.reset()
+    q, k = queries_and_keys(torch.zeros(1, 1, 300, 300))
+    set_tiles(monkeypatch, 10**4)
+    compiled = torch.compile(lambda q, k: cacr_loss_qk(q, k, 20), fullgraph=True, backend="aot_eager")
+    assert_close(compiled(q, k), cacr_loss_qk(q, k, 20, impl="dense"), 1e-12)
+
+
 CAUSAL = torch.ones(1, 9, 9, dtype=torch.bool).tril()
 Q, K = (x.detach() for x in queries_and_keys(torch.zeros(1, 2, 9, 9)))
 

@@ -50,7 +50,7 @@ def cacr_loss(
         The loss in nats, >= 0: a scalar, or `(batch,)` for `"none"`. A sample without text or without image is
         exactly 0 and passes no gradient. Computed in float32 for half precision, also under autocast (call backward
         outside of it, as PyTorch advises: inside, autocast rounds the gradient). Padding and boundaries cost no wait
-        for the device, a mask of pairs or a boundary for each sample costs one.
+        for the device, a boundary for each sample costs one, a mask of pairs two.
 
     Raises:
         jaxtyping.TypeCheckError: scores not square or not floating point, masks or n_text of another shape or dtype.

@@ -69,9 +69,10 @@ class LowRankKL(Batched):
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _tiled(A: Tensor, B: Tensor, C: Tensor, D: Tensor, lengths: Tensor, scale: float, with_grad: bool) -> Five:
-    if gpu := kernels(A, B, C, D):
-        results: Five = gpu.low_rank_kl(A, B, C, D, lengths, scale, with_grad)
-        return results
+    if kernels(A, B, C, D):
+        from attncongruence.fast import triton
+
+        return triton.low_rank_kl(A, B, C, D, lengths, scale, with_grad)
     factors = [x.contiguous() for x in (A, B, C, D)]
     loss = A.new_zeros(A.shape[:2])
     dA, dB, dC, dD = ((torch.zeros_like(x) if with_grad else x.new_empty(0)) for x in factors)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attncongruence._precision import at_least_float32
 from attncongruence.divergence import there_and_back, there_and_back_grad
-from attncongruence.fast.ops import Batched, refuse_second_derivative
+from attncongruence.fast.ops import Batched, kernels, refuse_second_derivative
 from attncongruence.fast.tiles import Tiles, groups, m_kl, m_kl_grad
 
 Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -37,8 +37,8 @@ def mean_map(
 
     Args:
         q, k: `(batch, heads, n, width)`; zero beyond a sample's length.
-        E: `(batch, N, n)`, or None: no projection.
-        F, G: `(batch, n, rank)`, or None: no divergence.
+        E: `(batch, N, n)`, or None: no projection; zero beyond a sample's length.
+        F, G: `(batch, n, rank)`, or None: no divergence; likewise.
         lengths: `(batch,)`: how many of the n rows and columns are a sample's own.
         scale: factor of `q k^T`.
         target: how T enters the divergence.
@@ -166,6 +166,10 @@ def _forward(
     target: Target,
     epsilon: float,
 ) -> tuple[Tensor, Tensor]:
+    if target != "log" and kernels(q, k):
+        from attncongruence.fast import mean_map_gpu
+
+        return mean_map_gpu.forward(q, k, E, F, G, lengths, scale, target, epsilon)
     R, loss = F.new_zeros(q.shape[0], E.shape[1], E.shape[1]), F.new_zeros(q.shape[0])
     for samples, n in groups(lengths, q.shape[2]):
         rows = Rows(q[samples, :, :n], k[samples, :, :n], scale, target == "log")
@@ -208,6 +212,10 @@ def _backward(
     epsilon: float,
     with_dE: bool,
 ) -> Five:
+    if target != "log" and kernels(q, k):
+        from attncongruence.fast import mean_map_gpu
+
+        return mean_map_gpu.backward(q, k, E, F, G, lengths, dR, dloss, scale, target, epsilon, with_dE)
     dq, dk = (F.new_zeros(x.shape) for x in (q, k))
     dE, dF, dG = (F.new_zeros(x.shape) for x in (E, F, G))
     for samples, n in groups(lengths, q.shape[2]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
@@ -85,13 +84,12 @@ def wants_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-def kernels(*tensors: Tensor) -> ModuleType | None:
-    """The Triton kernels, where they can work on these tensors."""
+def kernels(*tensors: Tensor) -> bool:
+    """Whether the Triton kernels can work on these tensors."""
     if not all(x.is_cuda for x in tensors):
-        return None
+        return False
     try:
         from attncongruence.fast import triton
     except ImportError:  # PyTorch without Triton, as on Windows
-        return None
-    module: ModuleType = triton
-    return module if triton.supported(*tensors) else None
+        return False
+    return triton.supported(*tensors)

@@ -49,8 +49,15 @@ class Tokens(NamedTuple):
 
 
 def pays(query: Tensor, longest: tuple[int, int], convention: Convention) -> bool:
-    """The rule of `impl="auto"`: whether the streaming form is worth while (measured: docs/performance.md)."""
-    return max(longest) >= 256
+    """The rule of `impl="auto"`: whether the streaming form is faster than the dense one (docs/performance.md).
+
+    It is for one modality of at least 256 tokens, as soon as the dense form's scores leave the cache: half of it on raw
+    scores, of which the dense form makes more copies, and all of it on probabilities.
+    """
+    batch, heads, length, _ = query.shape
+    scores = batch * heads * length * length * max(query.element_size(), 4)
+    room = cache_bytes(query.device) * (1 if convention.blocks == "scores" else 2)
+    return max(longest) >= 256 and scores > room
 
 
 def per_sample(source: QueryKey, where: Located, kind: Kind, convention: Convention, direction: Direction) -> Tensor:
@@ -207,6 +214,7 @@ def _on_probabilities(
         best = _best(VL, text.real)[:, 0]
         G = (best[..., None] == torch.arange(LL.shape[-1], device=best.device)).to(LL.dtype)
         F = LL[:, 0].gather(1, best[..., None].expand(-1, -1, LL.shape[-1]))
+        F, G = (fill(x, None if image.real is None else image.real[..., None], 0.0) for x in (F, G))
     elif vision:
         F, G = VL[:, 0], LV[:, 0].mT
     target: Target = "distributed" if kind == "distributed" else "softmax" if target_softmax else "log"

@@ -1,0 +1,109 @@
+"""`mean_map` on a GPU: chunks of rows of the whole batch, and Triton kernels for all that concerns single heads.
+
+The kernels turn queries and keys into rows of T, `(batch, rows, n)`, and the gradient of these rows into theirs. What
+is done with T in between is a few batched products. Padding is told by lengths alone: the host waits for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from attncongruence.divergence import there_and_back, there_and_back_grad
+from attncongruence.fast import triton_map, triton_map_grad
+from attncongruence.fast.tiles import cache_bytes, m_kl, m_kl_grad
+
+Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    E: Tensor,
+    F: Tensor,
+    G: Tensor,
+    lengths: Tensor,
+    scale: float,
+    target: str,
+    epsilon: float,
+) -> tuple[Tensor, Tensor]:
+    """As `mean_map`, for the targets `"softmax"` and `"distributed"`."""
+    R, loss = F.new_zeros(q.shape[0], E.shape[1], E.shape[1]), F.new_zeros(q.shape[0])
+    lse, beyond = triton_map.row_logsumexp(q, k, lengths, scale), _beyond(q, lengths)
+    for start, stop in _chunks(q):
+        T = triton_map.mean_rows(q, k, lse, lengths, scale, start, stop)
+        if E.numel():
+            # R = E T E^T, a sum over rows of T
+            R.baddbmm_(E[:, :, start:stop], torch.bmm(T, E.mT))
+        if F.numel():
+            x = torch.bmm(F[:, start:stop], G.mT)
+            each = there_and_back(x, T, epsilon) if target == "distributed" else _m_kl(x, T, beyond)[0]
+            loss += each.sum(-1)
+    return R, loss
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    E: Tensor,
+    F: Tensor,
+    G: Tensor,
+    lengths: Tensor,
+    dR: Tensor,
+    dloss: Tensor,
+    scale: float,
+    target: str,
+    epsilon: float,
+    with_dE: bool,
+) -> Five:
+    """The chunks once more, and the gradients of q, k, E, F, G."""
+    dq, dk = (F.new_zeros(x.shape) for x in (q, k))
+    dE, dF, dG = (F.new_zeros(x.shape) for x in (E, F, G))
+    lse, beyond, weight = triton_map.row_logsumexp(q, k, lengths, scale), _beyond(q, lengths), dloss[:, None, None]
+    for start, stop in _chunks(q):
+        T = triton_map.mean_rows(q, k, lse, lengths, scale, start, stop)
+        dT = torch.zeros_like(T)
+        if F.numel():
+            x = torch.bmm(F[:, start:stop], G.mT)
+            if target == "distributed":
+                dx, dT = there_and_back_grad(x, T, epsilon)
+                dT.mul_(weight)
+            else:
+                loss, tiles = _m_kl(x, T, beyond)
+                dx, minus_dT = m_kl_grad(*tiles, loss)
+                dT = minus_dT.mul_(-weight)
+            dx.mul_(weight)
+            dF[:, start:stop] = torch.bmm(dx, G)
+            dG.baddbmm_(dx.mT, F[:, start:stop])
+        if E.numel():
+            # dT = E^T dR E
+            dT.baddbmm_(torch.bmm(E[:, :, start:stop].mT, dR), E)
+            if with_dE:
+                # dE = dR E T^T + dR^T E T
+                dE[:, :, start:stop] += torch.bmm(dR, torch.bmm(E, T.mT))
+                dE.baddbmm_(torch.bmm(dR.mT, E[:, :, start:stop]), T)
+        dq[:, :, start:stop], c = triton_map_grad.mean_rows_grad_q(q, k, lse, lengths, scale, start, stop, dT)
+        triton_map_grad.mean_rows_grad_k(q, k, lse, lengths, scale, start, stop, dT, c, dk)
+    return dq, dk, dE, dF, dG
+
+
+def _chunks(q: Tensor) -> Iterator[tuple[int, int]]:
+    """Rows at a time: as many as the cache holds one map of."""
+    n = q.shape[2]
+    rows = max(1, cache_bytes(q.device) // (4 * q.shape[0] * n))
+    return ((start, min(start + rows, n)) for start in range(0, n, rows))
+
+
+def _beyond(q: Tensor, lengths: Tensor) -> Tensor:
+    """`(batch, 1, n)`, True at columns that are not a sample's own."""
+    return (torch.arange(q.shape[2], device=q.device) >= lengths[:, None])[:, None]
+
+
+def _m_kl(x: Tensor, T: Tensor, beyond: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Rows of m-KL(softmax(x), softmax(T)) over a sample's own columns, and what its gradient wants; T is kept."""
+    floor = torch.finfo(x.dtype).min / 2
+    x, y = x.masked_fill_(beyond, floor), T.masked_fill(beyond, floor)
+    tiles = x, y, torch.empty_like(x), torch.empty_like(x)
+    return m_kl(*tiles), tiles
