@@ -584,19 +584,20 @@ def test_auto_takes_the_form_that_pays(monkeypatch):
             assert_close(cacr_loss_qk(q, k, 4, mask=mask), cacr_loss_qk(q, k, 4, mask=mask[:, 0, 0]), 1e-14)
 
 
-def test_auto_pays_where_the_scores_leave_the_cache(monkeypatch):
-    set_tiles(monkeypatch, 4 * 3 * 300**2)
+def test_auto_pays_where_the_map_leaves_the_cache(monkeypatch):
+    set_tiles(monkeypatch, 4 * 4 * 256**2)
     for batch, longest, raw, probabilities in (
-        (3, (44, 256), False, False),
-        (4, (44, 256), True, False),
-        (4, (256, 44), True, False),
-        (7, (44, 256), True, True),
-        (7, (45, 255), False, False),
+        (1, (44, 256), False, False),
+        (2, (44, 256), True, False),
+        (2, (256, 44), True, False),
+        (8, (44, 256), True, False),
+        (9, (44, 256), True, True),
+        (9, (45, 255), False, False),
     ):
         query = torch.empty(batch, 1, 300, 8)
         assert streaming.pays(query, longest, WEIGHTED_MEAN) == raw
         assert streaming.pays(query, longest, RELEASED) == probabilities
-        assert streaming.pays(query.half(), longest, WEIGHTED_MEAN) == raw  # scores are float32 then, too
+        assert streaming.pays(query.half(), longest, WEIGHTED_MEAN) == raw  # the map is float32 then, too
 
 
 def test_auto_compiles(monkeypatch):

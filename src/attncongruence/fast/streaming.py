@@ -51,13 +51,13 @@ class Tokens(NamedTuple):
 def pays(query: Tensor, longest: tuple[int, int], convention: Convention) -> bool:
     """The rule of `impl="auto"`: whether the streaming form is faster than the dense one (docs/performance.md).
 
-    It is for one modality of at least 256 tokens, as soon as the dense form's scores leave the cache: half of it on raw
-    scores, of which the dense form makes more copies, and all of it on probabilities.
+    It is where one modality has at least 256 tokens and its map, of all heads and samples, fills the last cache level
+    (twice `cache_bytes`); on raw scores, of which the dense form makes more copies, an eighth of it.
     """
-    batch, heads, length, _ = query.shape
-    scores = batch * heads * length * length * max(query.element_size(), 4)
-    room = cache_bytes(query.device) * (1 if convention.blocks == "scores" else 2)
-    return max(longest) >= 256 and scores > room
+    batch, heads = query.shape[:2]
+    whole_map = batch * heads * max(longest) ** 2 * max(query.element_size(), 4)
+    room = cache_bytes(query.device) // 4 if convention.blocks == "scores" else 2 * cache_bytes(query.device)
+    return max(longest) >= 256 and whole_map > room
 
 
 def per_sample(source: QueryKey, where: Located, kind: Kind, convention: Convention, direction: Direction) -> Tensor:
