@@ -29,7 +29,7 @@ build: $(READY)  ## wheel and sdist in dist/
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[hf,timm,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[hf,timm,lightning,dev]'
 	touch $@
 
 clean:

@@ -20,7 +20,9 @@ from attncongruence.conventions import PRINTED, RELEASED, WEIGHTED_MEAN, Convent
 from attncongruence.divergence import symmetric_kl
 from attncongruence.layout import TokenLayout
 from attncongruence.losses import CACRLoss, IAISLoss, cacr_loss, iais_loss
+from attncongruence.metrics import WinogroundScores, argmax_entropy, attention_distance, recall_at_k, winoground_scores
 from attncongruence.reference import hard_equivalence_loop, soft_equivalence_loop
+from attncongruence.training.regularize import LossParts, Regularizer, regularize
 from attncongruence.training.schedules import constant, exponential_warmup, linear_warmup, logarithmic_warmup
 
 __version__ = version("attncongruence")
@@ -35,7 +37,12 @@ __all__ = [
     "CapturedAttention",
     "Convention",
     "IAISLoss",
+    "LossParts",
+    "Regularizer",
     "TokenLayout",
+    "WinogroundScores",
+    "argmax_entropy",
+    "attention_distance",
     "cacr_loss",
     "capture_attention",
     "constant",
@@ -45,7 +52,10 @@ __all__ = [
     "iais_loss",
     "linear_warmup",
     "logarithmic_warmup",
+    "recall_at_k",
+    "regularize",
     "soft_equivalence_loop",
     "split_attention",
     "symmetric_kl",
+    "winoground_scores",
 ]
