@@ -7,6 +7,7 @@ import functools
 import gc
 import inspect
 import pickle
+import sys
 import weakref
 
 import pytest
@@ -719,7 +720,8 @@ TOKENS = torch.tensor([[-100, 4, 5, -100], [3, 4, -100, -100]])
         ({"num_items_in_batch": 4}, None, None),
     ],
 )
-def test_shares(batch, micro_batches, share):
+def test_shares(batch, micro_batches, share, monkeypatch):
+    monkeypatch.delitem(sys.modules, "accelerate.state", raising=False)  # what an Accelerator of another test left
     assert share_of(batch, micro_batches) == (None if share is None else pytest.approx(share))
 
 

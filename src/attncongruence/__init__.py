@@ -9,6 +9,8 @@
         loss = out.loss + weight(step) * cacr_loss(capture.pop(), n_text=batch["input_ids"].shape[1])
         loss.backward(); optimizer.step(); optimizer.zero_grad()
 
+    regularize(model, CACRLoss(), n_text=40, weight=weight)  # or, for a trainer that can't be edited: one line, no loop
+
 `docs/paper-map.md` leads from each equation of the papers to its function and its test.
 """
 

@@ -18,7 +18,7 @@ from attncongruence.training import reasons
 from attncongruence.training.outputs import batch_of, loss_in, with_loss
 from attncongruence.training.schedules import Schedule
 from attncongruence.training.share import Share, share_of
-from attncongruence.training.shim import ForwardShim, StepShim
+from attncongruence.training.shim import ForwardShim, PartsOf, StepShim
 from attncongruence.training.steps import holds, listeners, steps_of
 from attncongruence.training.term import Layout, Loss, PickMask, PickPositives, Term
 
@@ -120,12 +120,13 @@ class Regularizer:
         self._term, self._weight = term, weight
         self._forwards = 0  # regularised ones since the last optimiser step
         self._ran = self._ran_in_eval = self._checked_resume = False
-        self._capture = AttentionCapture(model, layers)
-        self._undo = [self._capture.close, *self._attach()]
+        in_step = callable(getattr(self.model, "training_step", None))
+        self._capture = AttentionCapture(PartsOf(self.model) if in_step else model, layers)
+        self._undo = [self._capture.close, *self._attach(in_step)]
         listeners.add(self)
 
-    def _attach(self) -> list[Callable[[], None]]:
-        if callable(getattr(self.model, "training_step", None)):
+    def _attach(self, in_step: bool) -> list[Callable[[], None]]:
+        if in_step:
             return [StepShim(self.model, self._after_training_step).remove]
         hook, shim = uncompiled_hook(), ForwardShim(self.model)
         before = self.model.register_forward_pre_hook(hook(shim.enter))

@@ -73,5 +73,18 @@ class StepShim(Shim):
         return self.after(args, kwargs, output) if self.open else output
 
 
+class PartsOf(nn.Module):
+    """The children of a `LightningModule`, by their names: what capture watches there.
+
+    Under DDP Lightning calls `training_step` in the place of the module's own forward, else it does not; the children
+    run in the one case as in the other.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        for name, child in module.named_children():
+            self.add_module(name, child)
+
+
 def _same(value: Any) -> Any:
     return value
