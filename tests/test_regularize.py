@@ -22,7 +22,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from attncongruence import CACRLoss, IAISLoss, TokenLayout, cacr_loss, capture_attention, linear_warmup, regularize
 from attncongruence.training.share import share_of
 from attncongruence.training.steps import listeners
-from tests.test_capture_hooks import Stack, hook_count
+from tests.test_capture_hooks import Attention, Stack, hook_count
 
 TEXT, LENGTH, SAMPLES = 4, 9, 4
 Pair = collections.namedtuple("Pair", ["loss", "logits"])
@@ -179,6 +179,15 @@ def test_checkpointing_inside_the_model_changes_nothing(x):
         torch.testing.assert_close(gradients(loss, model), expected)
         torch.testing.assert_close(loss, main + congruence)
         assert regularizer._capture._records == []
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_the_whole_model_is_an_error(reentrant, x):
+    model = Model("tensor")
+    regularize(model, CACRLoss(), n_text=TEXT)
+    loss = checkpoint(model, x.requires_grad_(), use_reentrant=reentrant)
+    with pytest.raises(RuntimeError, match=r"whole regularised model runs inside torch\.utils\.checkpoint"):
+        loss.backward()
 
 
 def test_several_layers_are_averaged(x):
@@ -435,7 +444,7 @@ def test_a_forward_that_others_put_there_before_stays(x):
     model.forward = theirs
     with regularize(model, CACRLoss(), n_text=TEXT) as regularizer:
         assert model(x)["loss"] > regularizer.last.main
-        assert copy.copy(model).forward is not theirs
+        assert copy.deepcopy(model).forward(x)["loss"] == regularizer.last.main
     assert model.forward is theirs
 
 
@@ -634,6 +643,31 @@ def test_wrappers_that_call_forward_directly(order, x):
     regularizer.close()
 
 
+class InStep(nn.Module):
+    """As a LightningModule: its own forward does not run. One layer attends twice in a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = Attention()
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self.layer(self.layer(batch["x"])).square().mean()
+
+
+def test_a_layer_that_attends_twice_in_each_training_step(x):
+    model = InStep()
+    with capture_attention(model.layer) as capture:
+        model.training_step({"x": x}, 0)
+        second = cacr_loss(capture.pop_all()[1], TEXT)
+    with regularize(model, CACRLoss(), n_text=TEXT) as regularizer:
+        for number in range(3):
+            loss = model.training_step({"x": x}, number)
+            torch.testing.assert_close(regularizer.last.congruence, second.detach())
+            torch.testing.assert_close(loss, regularizer.last.main + second)
+    assert "training_step" not in vars(model)
+
+
 def test_forward_keeps_its_signature():
     model = Model()
     expected = inspect.signature(model.forward)
@@ -679,15 +713,22 @@ def test_compiled_models_in_one_graph_compiled_once(layers, order, x):
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-def test_a_compiled_optimiser_counts(x):
-    model = Model()
-    with regularize(model, CACRLoss(), n_text=TEXT) as regularizer:
+def test_a_compiled_optimiser_counts_and_compiles_no_more_than_before(x):
+    def train() -> None:
         optimizer = sgd(model)
         step = torch.compile(optimizer.step, backend="eager")
-        for _ in range(2):
+        for _ in range(3):
             model(x)["loss"].backward()
             step()
-    assert regularizer.step == 2
+
+    model, frames = Model(), counters["frames"]
+    train()
+    plain = frames["total"]
+    torch._dynamo.reset()
+    with regularize(model, CACRLoss(), n_text=TEXT) as regularizer:
+        train()
+    assert regularizer.step == 3
+    assert frames["total"] == 2 * plain > 0
 
 
 @pytest.mark.usefixtures("_fresh_compiler")

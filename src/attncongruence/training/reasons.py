@@ -47,6 +47,11 @@ MANUAL_OPTIMIZATION = (
     "main + weight * cacr_loss(capture.pop(), n_text=...)."
 )
 
+WHOLE_CHECKPOINTED = (
+    "the whole regularised model runs inside torch.utils.checkpoint, which runs it again in backward, without the loss "
+    "that was added to it. Checkpoint its layers instead (gradient_checkpointing_enable() in transformers)."
+)
+
 NOT_COPIED = (
     "a Regularizer is hooks on one model in one process and can be neither copied nor pickled. Call regularize on the "
     "copy, or in the process that trains; take state_dict() along for the step."

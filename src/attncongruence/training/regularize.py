@@ -139,8 +139,6 @@ class Regularizer:
             return
         if not self._ran:
             raise RuntimeError(reasons.never_ran(self.model, in_eval=self._ran_in_eval))
-        if not self._forwards:  # the step of a second optimiser
-            return
         self.count_step()
         if not self._checked_resume:
             self._checked_resume = True
@@ -187,8 +185,10 @@ class Regularizer:
     def _after_forward(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:  # a hook: None leaves the output as it is
-        if model is not self.model or recomputing():
+        if model is not self.model:  # a shallow copy
             return None
+        if recomputing() and torch.is_grad_enabled() and model.training:
+            raise RuntimeError(reasons.WHOLE_CHECKPOINTED)
         return self._regularized(model.forward, args, kwargs, output)
 
     def _after_training_step(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from attncongruence.capture.watch import recomputing
-
 
 class Shim:
     """An instance attribute in front of a method. `__wrapped__` is the method, for whoever asks for its signature.
@@ -35,9 +33,7 @@ class Shim:
         return self.__wrapped__(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        if self.before is not None:
-            return _same, (self.before,)
-        return getattr, (self.module, self.name)  # read before the copy has instance attributes: the class's method
+        return _same, (self.__wrapped__,)
 
 
 class ForwardShim(Shim):
@@ -56,7 +52,7 @@ class ForwardShim(Shim):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         inside, self.inside = self.inside, False
-        if inside or not (self.open and torch.is_grad_enabled()) or recomputing():
+        if inside or not (self.open and torch.is_grad_enabled()):
             return self.__wrapped__(*args, **kwargs)
         return self.module(*args, **kwargs)
 
