@@ -638,9 +638,13 @@ def test_wrappers_that_call_forward_directly(order, x):
         torch.testing.assert_close(outer(x)["loss"], main + congruence)
     train_step(outer, sgd(outer), x)
     assert regularizer.step == 1
+    called: list[nn.Module] = []
+    model.register_forward_hook(lambda module, *_: called.append(module))
+    with torch.no_grad():
+        outer(x)  # validation goes past hooks as it did
+    assert called == []
     outer.eval()
     assert torch.equal(outer(x)["loss"], outer.model.model(x)["loss"])
-    regularizer.close()
 
 
 class InStep(nn.Module):

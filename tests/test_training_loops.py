@@ -1,5 +1,7 @@
 """One line before the real Trainer, Accelerate and Lightning, none of them edited: the weights of a loop by hand."""
 
+from types import SimpleNamespace
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -109,6 +111,7 @@ def test_trainer(expected, accumulate, micro, options, tmp_path):
     trainer.train()
     assert furthest(weights(model), final) < CLOSE
     assert regularizer.step == STEPS
+    assert regularizer.micro_batches is None  # a later loop may accumulate otherwise
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -273,6 +276,31 @@ def test_a_checkpoint_without_the_callback_gives_trainers_step(tmp_path):
     trainer = trainer_for(model, vilt_batch(), tmp_path, callbacks=[huggingface.CongruenceCallback()])
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert regularizer.last.weight == schedule(2)
+
+
+@pytest.mark.parametrize(
+    ("world", "averaged", "tensor_parallel", "expected"),
+    [(1, True, None, 4), (4, True, None, 16), (4, False, None, 4), (4, True, 2, 8)],
+)
+def test_the_callback_counts_micro_batches_of_all_processes_with_other_data(world, averaged, tensor_parallel, expected):
+    """What Trainer adds num_items_in_batch up over, and multiplies the loss by: not those that share a sample."""
+    model = vilt()
+    model._tp_size = tensor_parallel
+    regularizer = regularized("vilt", model)
+    args = SimpleNamespace(gradient_accumulation_steps=4, world_size=world, average_tokens_across_devices=averaged)
+    huggingface.CongruenceCallback(regularizer).on_step_begin(args, None, None, train_dataloader=iter([]), model=model)
+    assert regularizer.micro_batches == expected
+
+
+def test_the_callback_counts_steps_of_optimisers_that_no_hook_sees():
+    """DeepSpeed's: Trainer says when they stepped, and its scaler when they did not."""
+    model = vilt().train()
+    regularizer = regularized("vilt", model)
+    callback = huggingface.CongruenceCallback(regularizer)
+    for skipped, step in ((False, 1), (True, 1), (False, 2)):
+        model(**vilt_batch())
+        callback.on_step_end(None, None, None, optimizer=SimpleNamespace(step_was_skipped=skipped))
+        assert regularizer.step == step
 
 
 @pytest.mark.parametrize("count", [0, 2])
