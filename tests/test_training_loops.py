@@ -316,8 +316,12 @@ def test_the_callback_wants_one_regularizer(count, tmp_path):
 # -- Accelerate -------------------------------------------------------------------------------------------------------
 
 
-def accelerated(name: str, micro: int, accumulate: int, precision: str = "no") -> tuple[nn.Module, Regularizer]:
+def accelerated(
+    name: str, micro: int, accumulate: int, precision: str = "no", checkpointing: bool = False
+) -> tuple[nn.Module, Regularizer]:
     model, batch = MODELS[name][0]().train(), MODELS[name][1]()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     regularizer = regularized(name, model)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate, mixed_precision=precision)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
@@ -332,9 +336,10 @@ def accelerated(name: str, micro: int, accumulate: int, precision: str = "no") -
     return model, regularizer
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("accumulate", "micro"), [(1, 8), (4, 2)])
-def test_accelerate(accumulate, micro):
-    model, regularizer = accelerated("vilt", micro, accumulate)
+def test_accelerate(accumulate, micro, checkpointing):
+    model, regularizer = accelerated("vilt", micro, accumulate, checkpointing=checkpointing)
     assert furthest(weights(model), by_hand("vilt", whole("vilt"))) < CLOSE
     assert regularizer.step == STEPS
 
@@ -439,6 +444,14 @@ def test_lightning(accumulate, micro, what, tmp_path):
     fit(module, tmp_path, micro=micro, accumulate=accumulate)
     assert furthest(weights(module), by_hand("vilt", whole("vilt"))) < CLOSE
     assert regularizer.step == STEPS
+
+
+def test_lightning_with_checkpointing(tmp_path):
+    module = Lit(own=True).train()
+    module.net.gradient_checkpointing_enable({"use_reentrant": False})
+    regularized("vilt", module)
+    fit(module, tmp_path, micro=2, accumulate=4)
+    assert furthest(weights(module), by_hand("vilt", whole("vilt"))) < CLOSE
 
 
 @pytest.mark.parametrize("own", [False, True])
