@@ -30,7 +30,7 @@ build: $(READY)  ## wheel and sdist in dist/
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[hf,timm,viz,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[hf,timm,lightning,viz,dev]'
 	touch $@
 
 clean:

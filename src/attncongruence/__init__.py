@@ -9,6 +9,8 @@
         loss = out.loss + weight(step) * cacr_loss(capture.pop(), n_text=batch["input_ids"].shape[1])
         loss.backward(); optimizer.step(); optimizer.zero_grad()
 
+    regularize(model, CACRLoss(), n_text=40, weight=weight)  # or, for a trainer that can't be edited: one line, no loop
+
 `docs/paper-map.md` leads from each equation of the papers to its function and its test.
 """
 
@@ -20,8 +22,10 @@ from attncongruence.conventions import PRINTED, RELEASED, WEIGHTED_MEAN, Convent
 from attncongruence.divergence import symmetric_kl
 from attncongruence.layout import TokenLayout
 from attncongruence.losses import CACRLoss, IAISLoss, cacr_loss, cacr_loss_qk, iais_loss
+from attncongruence.metrics import WinogroundScores, argmax_entropy, attention_distance, recall_at_k, winoground_scores
 from attncongruence.reference import hard_equivalence_loop, soft_equivalence_loop
 from attncongruence.sources import QueryKey
+from attncongruence.training.regularize import LossParts, Regularizer, regularize
 from attncongruence.training.schedules import constant, exponential_warmup, linear_warmup, logarithmic_warmup
 
 __version__ = version("attncongruence")
@@ -36,8 +40,13 @@ __all__ = [
     "CapturedAttention",
     "Convention",
     "IAISLoss",
+    "LossParts",
     "QueryKey",
+    "Regularizer",
     "TokenLayout",
+    "WinogroundScores",
+    "argmax_entropy",
+    "attention_distance",
     "cacr_loss",
     "cacr_loss_qk",
     "capture_attention",
@@ -48,7 +57,10 @@ __all__ = [
     "iais_loss",
     "linear_warmup",
     "logarithmic_warmup",
+    "recall_at_k",
+    "regularize",
     "soft_equivalence_loop",
     "split_attention",
     "symmetric_kl",
+    "winoground_scores",
 ]

@@ -11,11 +11,11 @@ import torch
 class Hook:
     """A bound method that becomes a function of no effect in a copy or a pickle."""
 
-    def __init__(self, call: Callable[..., None]) -> None:
+    def __init__(self, call: Callable[..., Any]) -> None:
         self.call = call
 
-    def __call__(self, *args: Any) -> None:  # noqa: D102
-        self.call(*args)
+    def __call__(self, *args: Any) -> Any:  # noqa: D102
+        return self.call(*args)
 
     def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
         return _inert_hook, ()

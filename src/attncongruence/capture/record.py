@@ -90,7 +90,7 @@ class CapturedAttention(ScoreSource):
         """The same record for some samples only: an int, slice, list, index tensor or boolean mask over the batch."""
         if isinstance(samples, int):
             samples = [samples]
-        batch = self._batch
+        batch = self.batch_size
 
         def pick(tensor: Tensor | None) -> Tensor | None:
             if tensor is None:
@@ -106,7 +106,7 @@ class CapturedAttention(ScoreSource):
 
     def __repr__(self) -> str:
         length, keys = self._seen.lengths
-        return f"CapturedAttention({self.layer!r}, batch={self._batch}, queries={length}, keys={keys})"
+        return f"CapturedAttention({self.layer!r}, batch={self.batch_size}, queries={length}, keys={keys})"
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -124,7 +124,8 @@ class CapturedAttention(ScoreSource):
         return self._seen.requires_grad
 
     @property
-    def _batch(self) -> int:
+    def batch_size(self) -> int:
+        """Number of samples, without computing the scores."""
         return self._wide(self._seen.main).shape[0]
 
     @cached_property

@@ -114,12 +114,18 @@ class AttentionCapture:
         self._resolve()
         records = [record for _, record in self._records]
         self._records = []
+        if not self._pass.running:
+            self._pass.count = {}
         if not records:
             raise RuntimeError(f"nothing was captured: {self._why_nothing()}")
         for record in records:
             if not (self.analysis or record.requires_grad):
                 raise RuntimeError(f"{record.layer} {reasons.FROZEN}")
         return records
+
+    def forget(self) -> None:
+        """Drops all records since the last pop, however many there are."""
+        self._records, self._partial = [], []
 
     def close(self) -> None:
         """Takes every hook off and forgets all records: the model is as it was found."""

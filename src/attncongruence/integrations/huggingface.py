@@ -1,6 +1,7 @@
-"""token_layout: which positions of a transformers model's joint sequence are text and which are image.
+"""For transformers: `token_layout`, which positions are text and which are image, and `Trainer`'s `CongruenceCallback`.
 
-The one place in the library that knows models by name. Capture needs none of it; this only saves writing two masks.
+The one place in the library that knows models by name. Capture needs none of it; `token_layout` only saves writing two
+masks.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,7 +13,10 @@ from torch.nn import functional as F
 
 from attncongruence.capture.record import CapturedAttention
 from attncongruence.capture.session import unwrapped
+from attncongruence.integrations.trainer import CongruenceCallback
 from attncongruence.layout import TokenLayout
+
+__all__ = ["CongruenceCallback", "token_layout"]
 
 # Encoders that put a caption and an image side by side: which comes first, how many positions before both are neither,
 # and whether the image opens with a [CLS] of its own.

@@ -1,0 +1,82 @@
+"""The loss of a batch's captured layers: where text and image are, which samples count, layers averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from inspect import signature
+
+import torch
+from torch import Tensor
+
+from attncongruence.capture import CapturedAttention
+from attncongruence.layout import TokenLayout
+from attncongruence.training.outputs import Batch, Positives, entry, samples
+
+Loss = Callable[..., Tensor]
+"""Called as `loss(captured, n_text)` or `loss(captured, n_text, mask=mask)`; returns one number."""
+Where = int | Tensor | TokenLayout
+"""A boundary for all samples, one for each, or a layout."""
+Layout = TokenLayout | Callable[..., Where]
+PickPositives = Positives | Callable[[Batch], Positives]
+PickMask = str | Callable[[Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Term:
+    """The congruence loss as a function of batch and records; arguments as in `regularize`."""
+
+    loss: Loss
+    n_text: int | None
+    layout: Layout | None
+    positives: PickPositives | None
+    mask: PickMask | None
+
+    def __post_init__(self) -> None:
+        if callable(self.n_text):
+            raise ValueError("n_text is a function: pass it as layout=, which takes functions of the batch")
+        if (self.n_text is None) == (self.layout is None):
+            came = "neither n_text nor layout" if self.n_text is None else "both n_text and layout"
+            raise ValueError(
+                f"regularize got {came}: give n_text where the same number of text tokens comes first in every sample, "
+                "or else layout, a TokenLayout or a function of the batch"
+            )
+
+    def __call__(self, batch: Batch, records: list[CapturedAttention]) -> Tensor:
+        """The mean of the layers' losses, a scalar in nats."""
+        where = self._where(batch, records[0])
+        mask: Tensor | None = None
+        if self.mask is not None:
+            mask = self.mask(batch) if callable(self.mask) else entry(batch, self.mask, "mask")
+        positives = self.positives(batch) if callable(self.positives) else self.positives
+        losses = [self._of_layer(record, where, mask, positives) for record in records]
+        # (1 / layers) sum of the layers' losses
+        return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+
+    def _where(self, batch: Batch, first: CapturedAttention) -> Where:
+        if self.layout is None:
+            assert self.n_text is not None
+            return self.n_text
+        if not callable(self.layout):
+            return self.layout
+        # By name, so that a default argument of a lambda is never taken for it.
+        wants_record = "captured" in signature(self.layout).parameters
+        return self.layout(batch, captured=first) if wants_record else self.layout(batch)
+
+    def _of_layer(
+        self, record: CapturedAttention, where: Where, mask: Tensor | None, positives: Positives | None
+    ) -> Tensor:
+        size, device = record.batch_size, record.device
+        where = where.to(device) if isinstance(where, Tensor | TokenLayout) else where
+        mask = mask if mask is None else mask.to(device)
+        if positives is not None:
+            picked = samples(positives, size, device)
+            record = record[picked]
+            where = where[picked] if isinstance(where, Tensor | TokenLayout) else where
+            mask = mask if mask is None or mask.shape[0] != size else mask[picked]
+        loss = self.loss(record, where) if mask is None else self.loss(record, where, mask=mask)
+        if loss.ndim:
+            raise ValueError(
+                f"the loss has shape {tuple(loss.shape)}: it must be one number, as reduction='mean' gives"
+            )
+        return loss
