@@ -6,29 +6,21 @@ import os
 import subprocess
 import sys
 
-import numpy
 import pytest
 import torch
+import triton
 
+from attncongruence.fast import triton as kernels
+from attncongruence.fast import triton_map, triton_map_grad, triton_tiles
 from tests.problems import assert_close, randn
-
-triton = pytest.importorskip("triton")
-
-from attncongruence.fast import triton as kernels  # noqa: E402
-from attncongruence.fast import triton_map, triton_map_grad, triton_tiles  # noqa: E402
-from tests.triton_problems import HALF, beyond, distance, low_rank_loss, mean_map, with_grad  # noqa: E402
+from tests.triton_problems import HALF, beyond, distance, low_rank_loss, mean_map, with_grad
 
 INTERPRETED = triton_tiles.INTERPRETED.value
-OLD_INTERPRETER = INTERPRETED and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
-NEW_NUMPY = numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0"
 
 
 @pytest.fixture
 def device():
-    if INTERPRETED and OLD_INTERPRETER and NEW_NUMPY:
-        pytest.skip("the interpreter of Triton before 3.7 needs NumPy before 2.4")
-    if not INTERPRETED and not torch.cuda.is_available():
-        pytest.skip("TRITON_INTERPRET was set too late: Triton was imported before conftest.py")
+    assert INTERPRETED or torch.cuda.is_available(), "TRITON_INTERPRET was set too late: Triton was imported before"
     return "cpu" if INTERPRETED else "cuda"
 
 

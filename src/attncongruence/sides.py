@@ -91,17 +91,19 @@ def streaming_or_not(
     attention: Attention, n_text: NText, mask: Tensor | None, convention: Convention, impl: Impl
 ) -> tuple[QueryKey, Located] | None:
     """What the streaming form works on, where it can and should, or None; an error where it was asked for and can't."""
-    why = None
+    why, query = None, attention.query if isinstance(attention, ScoreSource) else None
     if not isinstance(attention, ScoreSource):
         why = f"it was given {'scores' if isinstance(attention, Tensor) else 'AttentionBlocks'}, not queries and keys"
-    elif attention.query is None or attention.key is None:
+    elif query is None:
         why = "this layer's scores are not scale query key^T: its model adds a bias, caps or shifts them"
-    elif n_text is not None and attention.query.shape[-2] == attention.key.shape[-2]:
-        source = QueryKey(attention.query, attention.key, attention.scale)
-        where = locate(source.query, n_text, joined(attention.allowed, mask))
+    elif impl == "auto" and not streaming.pays(query, (query.shape[-2], query.shape[-2]), convention):
+        return None  # not even if one modality had all the tokens: nothing else need be looked at
+    elif n_text is not None and (key := attention.key) is not None and query.shape[-2] == key.shape[-2]:
+        source = QueryKey(query, key, attention.scale)
+        where = locate(query, n_text, joined(attention.allowed, mask))
         if where.pairs is not None:
             why = "a mask says which pairs may attend (causal attention, for instance)"
-        elif impl == "streaming" or streaming.pays(source.query, where.longest, convention):
+        elif impl == "streaming" or streaming.pays(query, where.longest, convention):
             return source, where
     if impl == "streaming" and why is not None:
         raise ValueError(
