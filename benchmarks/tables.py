@@ -14,7 +14,7 @@ Content = dict[str, Any]
 FORMS = ("dense", "compiled", "per sample", "streaming", YARDSTICK)
 MB = 10**6
 # The parts of a run that a table shows; without them it is left out.
-NEEDS = {"goals": set(PARTS), "growth": {"growth"}, "loops": {"loops"}}
+NEEDS = {"goals": set(PARTS), "headline": set(PARTS), "growth": {"growth"}, "loops": {"loops"}}
 NEEDS |= {name: {"speed"} for name in ("time", "milliseconds", "auto", "memory")}
 
 
@@ -23,6 +23,7 @@ def tables(content: Content | None, device: str) -> dict[str, str]:
     made: dict[str, Callable[[Content], str]] = {
         "machine": machine,
         "goals": goals.table,
+        "headline": headline,
         "time": time,
         "auto": auto,
         "memory": memory,
@@ -50,6 +51,20 @@ def machine(content: Content) -> str:
     inputs = f"{setting['dtype']}, {setting['heads']} heads, d = {setting['width']}"
     cells = (what, torch, inputs, environment["date"], environment["commit"], f"`{environment['command']}`")
     return _table(("machine", "versions", "queries and keys", "date", "commit", "command"), [cells], left=6)
+
+
+def headline(content: Content) -> str:
+    """Three rows for the front page, of the default convention at the size that the goals name."""
+    results, loss = content["results"], "RELEASED"
+    block = next(b for b in results["speed"] if (b["n_text"], b["n_image"], b["loss"]) == (64, 2304, loss))
+    loop_size, loop = next((size, of[loss]) for size, of in results["loops"].items() if size.startswith("Algorithm 1"))
+    size, dense = _size(block), block["forms"]["dense"]["peak_bytes"] / block["forms"]["streaming"]["peak_bytes"]
+    rows = [
+        (loop_size.replace("Algorithm 1 loop", "time: Algorithm 1 as printed"), f"{loop['median']:,.0f}x"),
+        (f"memory: dense / streaming, {size}", f"{goals.number(dense)}x"),
+        (f"time: streaming / one attention call, {size}", _spread(block["ratios"][f"streaming / {YARDSTICK}"])),
+    ]
+    return _table((f"`cacr_loss`, {loss}, forward and backward", "ratio"), rows, left=1)
 
 
 def time(content: Content) -> str:

@@ -55,10 +55,6 @@ def test_tables_are_the_committed_ones(page, result, tables):
         assert table in text
 
 
-def test_the_loops_in_the_readme_are_the_newest():
-    assert loops.table(report.latest("cpu")["results"]["loops"]) in (ROOT / "README.md").read_text()
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_tables_of_the_speed_suite_are_the_newest(page):
     text = page.read_text()
