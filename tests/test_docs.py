@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import capture_cost, conventions, loops, report
+from benchmarks import capture_cost, conventions, report
 from benchmarks.record import committed
 
 ROOT = Path(__file__).parent.parent
