@@ -160,7 +160,7 @@ def attention_distance(
         jaxtyping.TypeCheckError, ValueError: as `iais_loss`, and for regions out of range or of another shape.
 
     Source:
-        IAIS (Ren et al., ACL 2021), Section 3.
+        IAIS (Ren et al., ACL 2021), Section 3, after its abstract and released loss; `docs/paper-map.md`.
 
     Example:
         Token 0 attends to the text with (3/4, 1/4), and its region to the regions with (1/2, 1/2); token 1 and its
