@@ -96,7 +96,7 @@ def as_found(model: nn.Module, batch: Inputs) -> Iterator[Callable[[], bool]]:
             _ours(model) == hooks
             and all(module.training is mode for module, mode in modes)
             and all(leaf.grad is grad for leaf, grad, _ in grads)
-            and all(leaf.grad is None or torch.equal(leaf.grad, copy) for leaf, _, copy in grads)
+            and all(grad is None or copy is None or torch.equal(grad, copy) for _, grad, copy in grads)
             and all(m._buffers[name] is b and torch.equal(b, copy) for m, name, b, copy in buffers)
         )
 

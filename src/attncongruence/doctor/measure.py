@@ -63,15 +63,14 @@ def losses(record: CapturedAttention, place: Where) -> list[LossRow]:
     """Every convention in every direction, in nats."""
     rows = []
     for name, loss, convention in _LOSSES:
-        values: list[float | None] = []
+        values: dict[Direction, float | None] = dict.fromkeys(_DIRECTIONS)
         why = ""
         for direction in _DIRECTIONS:
             try:
-                values.append(loss(record, place, convention=convention, direction=direction).item())
+                values[direction] = loss(record, place, convention=convention, direction=direction).item()
             except ValueError as error:
-                values.append(None)
                 why = why or str(error)
-        rows.append(LossRow(name, *values, why=why))
+        rows.append(LossRow(name, values["language"], values["vision"], values["both"], why))
     return rows
 
 

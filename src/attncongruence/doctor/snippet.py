@@ -23,7 +23,7 @@ def loop(batch: Inputs, names: list[str], output: Any, layers: str, answer: Answ
     if answer.wants_record:
         captured, record = "captured", ["captured = capture.pop()"]
     inputs, mapping = [], "batch"
-    if not keywords and isinstance(batch[0], Mapping):
+    if isinstance(batch, tuple) and isinstance(batch[0], Mapping):
         mapping = "batch[0]"
     elif not keywords and not _is_number(answer):
         inputs, mapping = [f"inputs = dict(zip({tuple(names)!r}, batch))"], "inputs"
