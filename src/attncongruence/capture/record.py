@@ -128,6 +128,11 @@ class CapturedAttention(ScoreSource):
         """Number of samples, without computing the scores."""
         return self._wide(self._seen.main).shape[0]
 
+    @property
+    def heads(self) -> int:
+        """Number of heads, of the queries where they are grouped, without computing the scores."""
+        return self._wide(self._seen.main).shape[1]
+
     @cached_property
     def _reproducible(self) -> bool:
         """Whether `scale q k^T` gives the scores at all allowed pairs: nothing but masks may have been added."""
