@@ -23,10 +23,13 @@ if TYPE_CHECKING:
     Reduction = Literal["mean", "sum", "none"]
     Alignment = Literal["singular", "distributed"]
     Impl = Literal["auto", "dense", "streaming"]
+    Loss = Literal["cacr", "singular", "distributed"]
+    OneDirection = Literal["language", "vision"]
+    Values = Literal["scores", "probabilities"]
 else:
     Count = numbers.Integral
     Factor = numbers.Real
-    Direction = Reduction = Alignment = Impl = str
+    Direction = Reduction = Alignment = Impl = Loss = OneDirection = Values = str
 
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:

@@ -158,6 +158,48 @@ def as_blocks(
     return split_attention(scores, n_text, mask=joined(pairs, mask)).with_heads()
 
 
+def one_sample(blocks: AttentionBlocks, sample: int, head: int | None = None) -> AttentionBlocks:
+    """One sample of 4-D blocks, cut to its real tokens, with all its heads or one: what a picture shows.
+
+    Raises:
+        ValueError: no such sample or head, or a sample without text or without image.
+    """
+    given = [block for block in (blocks.LL, blocks.LV, blocks.VL, blocks.VV) if block is not None]
+    for name, value, count in (
+        ("sample", sample, len(blocks.LL)),
+        ("head", head or 0, min(block.shape[1] for block in given)),
+    ):
+        if not 0 <= value < count:
+            raise ValueError(f"{name}={value} is out of range: {count} {name}(s) allow 0 to {count - 1}")
+    text, image = blocks.text_mask[sample].nonzero()[:, 0], blocks.image_mask[sample].nonzero()[:, 0]
+    if not (len(text) and len(image)):
+        raise ValueError(
+            f"sample {sample} has {len(text)} text tokens and {len(image)} image tokens: choose one that has both"
+        )
+    samples, heads = text.new_tensor([sample]), None if head is None else text.new_tensor([head])
+
+    def cut(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        for dim, places in enumerate((samples, heads, rows, columns)):
+            if places is not None and x.shape[dim] > 1:  # pairs may be broadcast
+                x = x.index_select(dim, places)
+        return x
+
+    allowed = blocks.allowed
+    if allowed is not None:
+        LL, LV, VL, VV = allowed
+        allowed = Quadrants(cut(LL, text, text), cut(LV, text, image), cut(VL, image, text), cut(VV, image, image))
+    return AttentionBlocks(
+        LL=cut(blocks.LL, text, text),
+        LV=cut(blocks.LV, text, image),
+        VL=None if blocks.VL is None else cut(blocks.VL, image, text),
+        VV=cut(blocks.VV, image, image),
+        text_mask=torch.ones_like(text, dtype=torch.bool)[None],
+        image_mask=torch.ones_like(image, dtype=torch.bool)[None],
+        allowed=allowed,
+        padded=False,
+    )
+
+
 def _scores_and_pairs(source: Tensor | ScoreSource) -> tuple[Tensor, Tensor | None]:
     return (source, None) if isinstance(source, Tensor) else (source.scores, source.allowed)
 

@@ -12,7 +12,7 @@ from attncongruence.divergence import symmetric_kl, there_and_back
 from attncongruence.equivalence import Masks, equivalence, fill, project, project_singular
 from attncongruence.locate import Mask
 from attncongruence.quadrants import Quadrants
-from attncongruence.sides import Side, check_options, loss_of
+from attncongruence.sides import Compared, Side, check_options, loss_of
 from attncongruence.sources import QueryKey
 
 
@@ -70,13 +70,17 @@ def cacr_loss(
         >>> cacr_loss(S, n_text=2, convention=WEIGHTED_MEAN, direction="language")
         tensor(0.2747)
     """
+    return loss_of(attention, n_text, mask, cacr_side(convention), direction, reduction, impl)
 
-    def rows(maps: Quadrants[Tensor], target: Tensor, masks: Masks) -> Tensor:
+
+def cacr_side(convention: Convention) -> Side:
+    """CACR's language side."""
+
+    def soft(maps: Quadrants[Tensor], target: Tensor, masks: Masks) -> Compared:
         # m-KL(sigma(E VV E^T), sigma(LL))
-        return symmetric_kl(project(equivalence(maps.LV, masks.LV, convention), maps.VV), target, masks.LL)
+        return Compared(project(equivalence(maps.LV, masks.LV, convention), maps.VV), target, masks.LL)
 
-    side = Side("cacr", rows, convention, log_target=not convention.target_softmax)
-    return loss_of(attention, n_text, mask, side, direction, reduction, impl)
+    return Side("cacr", soft, symmetric_kl, convention, log_target=not convention.target_softmax)
 
 
 @checked
@@ -154,22 +158,27 @@ def iais_loss(
         >>> iais_loss(S, n_text=2, direction="language")
         tensor(0.2747)
     """
+    return loss_of(attention, n_text, mask, iais_side(alignment, convention), direction, reduction, impl)
+
+
+def iais_side(alignment: Alignment, convention: Convention) -> Side:
+    """IAIS's language side."""
     one_of("alignment", alignment, ("singular", "distributed"))
 
-    def singular(maps: Quadrants[Tensor], target: Tensor, masks: Masks) -> Tensor:
+    def singular(maps: Quadrants[Tensor], target: Tensor, masks: Masks) -> Compared:
         R, counted = project_singular(maps.LV, maps.VV, masks)
-        return symmetric_kl(R, target, counted)
+        return Compared(R, target, counted)
 
-    def distributed(maps: Quadrants[Tensor], target: Tensor, masks: Masks) -> Tensor:
+    def distributed(maps: Quadrants[Tensor], target: Tensor, masks: Masks) -> Compared:
         # P = A_LV A_VL against T = A_LL
-        P, T = fill(maps.LV @ maps.VL, masks.LL, 0.0), fill(target, masks.LL, 0.0)
+        return Compared(fill(maps.LV @ maps.VL, masks.LL, 0.0), fill(target, masks.LL, 0.0), masks.LL)
+
+    def through_the_image(P: Tensor, T: Tensor, counted: Tensor | None) -> Tensor:
         return there_and_back(P, T, convention.epsilon)
 
     if alignment == "singular":
-        side = Side("singular", singular, convention, log_target=not convention.iais_target_softmax)
-    else:
-        side = Side("distributed", distributed, convention)
-    return loss_of(attention, n_text, mask, side, direction, reduction, impl)
+        return Side("singular", singular, symmetric_kl, convention, log_target=not convention.iais_target_softmax)
+    return Side("distributed", distributed, through_the_image, convention)
 
 
 class CACRLoss(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,11 +13,22 @@ from attncongruence._precision import no_autocast, zeros
 from attncongruence._typing import Direction, Impl, Reduction, checked, one_of
 from attncongruence.blocks import Attention, AttentionBlocks, NText, as_blocks
 from attncongruence.conventions import Convention
-from attncongruence.equivalence import Masks, attention_map, entries, log_attention_map, without_unmatched
+from attncongruence.equivalence import Masks, attention_map, entries, fill, log_attention_map, without_unmatched
 from attncongruence.fast import streaming
 from attncongruence.locate import Located, joined, locate
 from attncongruence.quadrants import Quadrants
 from attncongruence.sources import QueryKey, ScoreSource
+
+
+class Compared(NamedTuple):
+    """The two maps that one side holds against each other, row by row, `(batch, heads, N, N)`."""
+
+    R: Tensor
+    """The other modality's attention in this one's terms: logits, but probabilities for the distributed alignment."""
+    target: Tensor
+    """This modality's own attention, likewise."""
+    counted: Tensor | None
+    """Which entries are compared, broadcastable; None: all."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +37,10 @@ class Side:
 
     kind: streaming.Kind
     """Its name to the streaming form, which has a way of its own for each."""
-    rows: Callable[[Quadrants[Tensor], Tensor, Masks], Tensor]
-    """Maps, target and masks to one divergence a row, `(batch, heads, N)`."""
+    compare: Callable[[Quadrants[Tensor], Tensor, Masks], Compared]
+    """Maps, target and masks to what is compared."""
+    divergence: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    """What was compared to one divergence a row, `(batch, heads, N)`."""
     convention: Convention
     log_target: bool = False
     """Whether the target is a distribution whose logarithm is wanted: the logits of an m-KL without a softmax."""
@@ -38,16 +52,37 @@ class Side:
 
     def __call__(self, blocks: AttentionBlocks, maps: Quadrants[Tensor], masks: Masks) -> Tensor:
         """The loss of each sample, `(batch,)`."""
-        target = log_attention_map(blocks.LL, masks.LL, self.convention) if self.log_target else maps.LL
-        if self.convention.heads == "mean_map":
-            masks = Quadrants(*(None if mask is None else mask.any(1, keepdim=True) for mask in masks))
-        counted = without_unmatched(masks)
-        rows = self.rows(maps, target, masks._replace(LL=counted))
+        compared, counted = self.compared(blocks, maps, masks)
+        rows = self.divergence(*compared)
         # sum_i, or the mean over the sample's own rows; then the mean over heads
         per_head = rows.sum(-1)
         if self.convention.rows == "mean":
             per_head = per_head / (rows.shape[-1] if counted is None else counted.any(-1).sum(-1).clamp(min=1))
         return per_head.mean(1)
+
+    def compared(
+        self, blocks: AttentionBlocks, maps: Quadrants[Tensor], masks: Masks
+    ) -> tuple[Compared, Tensor | None]:
+        """What is compared, and the entries of LL whose rows are the sample's own."""
+        target = log_attention_map(blocks.LL, masks.LL, self.convention) if self.log_target else maps.LL
+        if self.convention.heads == "mean_map":
+            masks = Quadrants(*(None if mask is None else mask.any(1, keepdim=True) for mask in masks))
+        counted = without_unmatched(masks)
+        return self.compare(maps, target, masks._replace(LL=counted)), counted
+
+
+def distributions(blocks: AttentionBlocks, side: Side, direction: Direction) -> Compared:
+    """The two maps of probabilities behind the loss of one direction, `"language"` or `"vision"`: its picture."""
+    blocks, masks = prepare(blocks, None, None, side.convention, direction, "none", "dense", side.there_and_back)
+    if direction == "vision":
+        blocks, masks = blocks.swap(), masks.swap()
+    with no_autocast(blocks.LL.device):
+        (R, target, counted), _ = side.compared(blocks, _maps(blocks, masks, side, both=False), masks)
+    if side.there_and_back:
+        return Compared(R, target, counted)
+    # sigma(R), sigma(LL)
+    P, T = (fill(x, counted, torch.finfo(x.dtype).min / 2).softmax(-1) for x in (R, target))
+    return Compared(P, T, counted)
 
 
 def loss_of(
@@ -174,13 +209,18 @@ _REMEDY = {
 
 def _dense(blocks: AttentionBlocks, masks: Masks, side: Side, both: bool) -> Tensor:
     """The loss of each sample, every map built."""
+    maps = _maps(blocks, masks, side, both)
+    loss = side(blocks, maps, masks)
+    return loss + side(blocks.swap(), maps.swap(), masks.swap()) if both else loss
+
+
+def _maps(blocks: AttentionBlocks, masks: Masks, side: Side, both: bool) -> Quadrants[Tensor]:
+    """The blocks in the convention's form."""
     # Without the reverse direction nothing looks at VL: its place in the maps stays empty.
     VL = blocks.VL if both or side.there_and_back else None
-    maps = Quadrants(
+    return Quadrants(
         *(
             blocks.LL.new_empty(0) if block is None else attention_map(block, mask, side.convention)
             for block, mask in zip((blocks.LL, blocks.LV, VL, blocks.VV), masks, strict=True)
         )
     )
-    loss = side(blocks, maps, masks)
-    return loss + side(blocks.swap(), maps.swap(), masks.swap()) if both else loss
