@@ -1,4 +1,4 @@
-"""Fine-tune ViLT for image-text matching with a congruence loss, and watch Winoground.
+r"""Fine-tune ViLT for image-text matching with a congruence loss, and watch Winoground.
 
     python -m examples.finetune_vilt --captions dataset_flickr30k.json --images flickr30k-images \
         --winoground winoground --model dandelin/vilt-b32-finetuned-flickr30k --loss cacr --output runs/cacr
@@ -243,11 +243,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     model = ViltForRanking.from_pretrained(options.model, dtype=torch.float32)
     processor = ViltProcessor.from_pretrained(options.model)
     if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers is renaming it
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if options.loss != "none":
         add_congruence(model, processor, options)
     checkpoint = last_checkpoint(options.output, training.world_size)
     training.eval_on_start = checkpoint is None
+    if checkpoint and training.process_index == 0:
+        print(f"Going on from {checkpoint}")
     trainer = Trainer(
         model,
         training,

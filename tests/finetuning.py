@@ -9,7 +9,7 @@ from torch import Tensor
 
 from examples import make_tiny_data
 
-SCENES, EXAMPLES, STEPS = 30, 6, 6
+SCENES, EXAMPLES, STEPS = 30, 8, 6
 Run = tuple[dict[str, Any], Path]
 """The metrics of a run, and its folder."""
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 from itertools import product
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from attncongruence import cacr_loss, capture_attention, exponential_warmup, iai
 from examples import demo, finetune_vilt
 from examples.ranking_data import Queries, Ranking, rank_batch, read_flickr, read_winoground
 from tests.finetuning import EXAMPLES, STEPS, Run, column, command, make_tiny, same, weights
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -135,16 +138,19 @@ def test_metrics(runs: dict[str, Run], tiny: Path) -> None:
 
 
 def test_winoground_pair_by_pair(runs: dict[str, Run], tiny: Path, processor: ViltProcessor) -> None:
+    """Scores of the checkpoint as transformers loads it, one pair at a time, without padding."""
     metrics, output = runs["iais"]
     examples = read_winoground(tiny / "winoground")
-    for row in metrics["winoground"][-2:]:
-        model = ViltForImageAndTextRetrieval.from_pretrained(output / f"checkpoint-{row['step']}").eval()
-        scores = torch.empty(EXAMPLES, 2, 2)
-        with torch.no_grad():
-            for (n, example), c, i in product(enumerate(examples), (0, 1), (0, 1)):
-                pair = processor(Image.open(example.pictures[i]), example.captions[c], return_tensors="pt")
-                scores[n, c, i] = model(**pair).logits
-        assert {"step": row["step"], **winoground_scores(scores)._asdict()} == row
+    model = ViltForImageAndTextRetrieval.from_pretrained(output / f"checkpoint-{STEPS}").eval()
+    ranking = finetune_vilt.ViltForRanking.from_pretrained(output / f"checkpoint-{STEPS}").eval()
+    scores = torch.empty(EXAMPLES, 2, 2)
+    with torch.no_grad():
+        batched = ranking(**rank_batch(processor, 40)(examples))["logits"]
+        for (n, example), c, i in product(enumerate(examples), (0, 1), (0, 1)):
+            pair = processor(Image.open(example.pictures[i]), example.captions[c], return_tensors="pt")
+            scores[n, c, i] = model(**pair).logits
+    torch.testing.assert_close(batched, scores, rtol=1e-4, atol=1e-5)
+    assert metrics["winoground"][-1] == {"step": STEPS} | winoground_scores(scores)._asdict()
 
 
 def test_checkpointing_and_workers_change_nothing(runs: dict[str, Run], tiny: Path, tmp_path: Path) -> None:
@@ -157,7 +163,11 @@ def test_checkpointing_and_workers_change_nothing(runs: dict[str, Run], tiny: Pa
 
 
 def test_an_interrupted_run_ends_like_one_that_was_not(
-    runs: dict[str, Run], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: dict[str, Run],
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     expected, folder = runs["cacr"]
     arguments = command(tiny, tmp_path, "--loss", "cacr", "--weight", "30")
@@ -180,13 +190,16 @@ def test_an_interrupted_run_ends_like_one_that_was_not(
 
     monkeypatch.setattr(Queries, "__getitem__", lambda queries, index: drawn.append(index) or draw(queries, index))
     drawn.clear()
+    capsys.readouterr()
     resumed = finetune_vilt.main(arguments)
-    assert 8 <= len(drawn) <= 9  # steps 3 to 6: the first two are not trained again
+    assert capsys.readouterr().out.startswith(f"Going on from {tmp_path}/checkpoint-2\n")
+    assert len(drawn) == 8  # steps 3 to 6: the first two are not trained again
     assert resumed == expected
     assert same(weights(tmp_path), weights(folder))
 
     drawn.clear()
-    assert finetune_vilt.main(arguments) == expected  # it has ended: nothing is trained
+    assert finetune_vilt.main(arguments) == expected
+    assert capsys.readouterr().out == f"This run has ended before: {tmp_path}/metrics.json\n"
     assert not drawn
 
 
@@ -227,3 +240,10 @@ def test_a_folder_holds_one_run(runs: dict[str, Run], tiny: Path, capsys: pytest
         finetune_vilt.main(command(tiny, output, "--loss", "cacr", "--weight", "3", "--seed", "1"))
     error = capsys.readouterr().err
     assert "holds another run: weight was 30.0 and is 3.0; seed was 0 and is 1. Give the same options" in error
+
+
+def test_documented_commands_are_commands() -> None:
+    text = (ROOT / "docs/training.md").read_text() + finetune_vilt.__doc__
+    commands = re.findall(r"-m examples\.finetune_vilt ([^`\n]+)", text.replace("\\\n", " "))
+    parsed = [finetune_vilt.parse(shlex.split(command))[1] for command in commands if "..." not in command]
+    assert [options.loss for options in parsed] == ["cacr", "cacr", "iais", "cacr"]

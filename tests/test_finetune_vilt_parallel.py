@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -42,13 +43,13 @@ def finish(process: subprocess.Popen[bytes], log: Path) -> None:
 
 def test_two_processes_killed_and_started_again(tmp_path: Path) -> None:
     tiny = make_tiny(tmp_path / "tiny")
-    changes = ["--loss", "cacr", "--weight", "30", "--steps", "40", "--save-every", "4", "--accumulate"]
+    changes = ["--loss", "cacr", "--weight", "30", "--steps", "30", "--save-every", "5", "--accumulate"]
     names = ("whole", "killed", "again", "one")
     folders, logs = ({name: tmp_path / f"{name}{kind}" for name in names} for kind in ("", ".log"))
     whole, again = (command(tiny, folders[name], *changes, "1") for name in ("whole", "killed"))
     with torchrun(whole, logs["whole"]) as uninterrupted:
         with torchrun(again, logs["killed"]) as killed:
-            while not (folders["killed"] / "checkpoint-8/trainer_state.json").exists():
+            while not (folders["killed"] / "checkpoint-5/trainer_state.json").exists():
                 assert killed.poll() is None, logs["killed"].read_text()
                 time.sleep(0.01)
             killed.send_signal(signal.SIGTERM)
@@ -61,9 +62,10 @@ def test_two_processes_killed_and_started_again(tmp_path: Path) -> None:
 
     expected, found = (json.loads((folders[name] / "metrics.json").read_text()) for name in ("whole", "killed"))
     assert expected["options"]["processes"] == 2
-    assert [row["step"] for row in expected["training"]] == list(range(1, 41))
+    assert [row["step"] for row in expected["training"]] == list(range(1, 31))
+    assert re.search(r"Going on from .*checkpoint-\d+\n", logs["again"].read_text())
     assert found == expected
-    assert same(weights(folders["killed"], 40), weights(folders["whole"], 40))
+    assert same(weights(folders["killed"], 30), weights(folders["whole"], 30))
     # And like one process that takes as many queries a step.
     for name in ("loss", "learning_rate", "grad_norm"):
         assert column((expected, tmp_path), name) == pytest.approx(column((one, tmp_path), name), rel=1e-3)
