@@ -3,7 +3,8 @@ PYTHON ?= python3
 DEVICE ?= cpu
 BIN := .venv/bin
 READY := .venv/.ready
-# What needs no extra, on the lowest versions of the core dependencies. Timings and compilers are left to the newest.
+# What needs no extra, on the lowest versions of the core dependencies. torch.compile is left to the newest: the compiler of
+# PyTorch 2.6 cannot trace the losses in one graph.
 LOWEST := reference conventions equivalence divergence schedules layout blocks metrics losses streaming \
 	capture_hooks capture_product
 
@@ -36,7 +37,7 @@ build: $(READY)  ## wheel and sdist in dist/
 lowest:  ## the core tests on the lowest supported versions, tests/lowest.txt (PYTHON is a Python 3.11)
 	$(PYTHON) -m venv --clear build/lowest
 	build/lowest/bin/python -m pip install --quiet --constraint tests/lowest.txt --editable . pytest hypothesis numpy
-	OMP_NUM_THREADS=1 build/lowest/bin/python -m pytest $(LOWEST:%=tests/test_%.py)
+	OMP_NUM_THREADS=1 build/lowest/bin/python -m pytest -k "not compile and not captured_layer" $(LOWEST:%=tests/test_%.py)
 
 release-check: $(READY)  ## build, check what PyPI will show, install the wheel alone in a fresh environment
 	rm -rf dist
