@@ -22,6 +22,8 @@ def on_page_markdown(markdown, page, config, files):
         path = match[1]
         if path in PAGES:
             return PAGES[path]
+        if not (root / path).is_file():
+            return match[0]  # MkDocs itself says that it leads nowhere
         target = f"files/{path}"
         if files.get_file_from_path(target) is None:
             files.append(File.generated(config, target, abs_src_path=str(root / path)))
