@@ -35,10 +35,10 @@ class AttentionBlocks:
         CACR (Pandey et al., ACL 2023), Eq. 2.
     """
 
-    LL: Float[Tensor, ...]
-    LV: Float[Tensor, ...]
-    VL: Float[Tensor, ...] | None
-    VV: Float[Tensor, ...]
+    LL: Float[Tensor, "..."]
+    LV: Float[Tensor, "..."]
+    VL: Float[Tensor, "..."] | None
+    VV: Float[Tensor, "..."]
     text_mask: Bool[Tensor, "batch text"]
     image_mask: Bool[Tensor, "batch image"]
     allowed: Quadrants[Tensor] | None = None
@@ -212,7 +212,7 @@ def _join(
     VV: Float[Tensor, "batch ... image image"],
     text_mask: Bool[Tensor, "batch text"] | Integer[Tensor, "batch text"] | None,
     image_mask: Bool[Tensor, "batch image"] | Integer[Tensor, "batch image"] | None,
-    *pairs: Bool[Tensor, ...] | None,
+    *pairs: Bool[Tensor, "..."] | None,
 ) -> AttentionBlocks:
     """Blocks from four maps and the pairs that each one's own layer allows."""
     same_device(LL=LL, LV=LV, VL=VL, VV=VV, text_mask=text_mask, image_mask=image_mask)

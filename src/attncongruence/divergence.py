@@ -17,7 +17,7 @@ def symmetric_kl(
     mask: Bool[Tensor, "*#rows #columns"] | None = None,
     *,
     reduction: Reduction = "none",
-) -> Float[Tensor, ...]:
+) -> Float[Tensor, "..."]:
     r"""Symmetric (Jeffreys) KL divergence of two sets of logits, row by row: m-KL, Eq. 4.
 
     With `P = softmax(a)` and `T = softmax(b)`,

@@ -26,7 +26,7 @@ def cacr_loss(
     direction: Direction = "both",
     reduction: Reduction = "mean",
     impl: Impl = "auto",
-) -> Float[Tensor, ...]:
+) -> Float[Tensor, "..."]:
     r"""Cross-modal attention congruence: m-KL(sigma(E VV E^T), sigma(LL)), and likewise for vision (Eq. 3, 5).
 
     The attention among image tokens is carried over to the text tokens by E, the text-to-image attention as a change
@@ -95,7 +95,7 @@ def cacr_loss_qk(
     direction: Direction = "both",
     reduction: Reduction = "mean",
     impl: Impl = "auto",
-) -> Float[Tensor, ...]:
+) -> Float[Tensor, "..."]:
     """`cacr_loss(QueryKey(query, key, scale), n_text, ...)`: from queries and keys, so that no map need be built.
 
     Args:
@@ -128,7 +128,7 @@ def iais_loss(
     direction: Direction = "both",
     reduction: Reduction = "mean",
     impl: Impl = "auto",
-) -> Float[Tensor, ...]:
+) -> Float[Tensor, "..."]:
     """Intra-modal self-attention distance with hard or distributed alignment (IAIS): CACR's ancestor.
 
     `"singular"`: each text token is stood for by the one image token that it attends to most, so that

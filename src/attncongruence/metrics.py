@@ -138,7 +138,7 @@ def attention_distance(
     regions: Integer[Tensor, "batch text"] | None = None,
     convention: Convention = WEIGHTED_MEAN,
     reduction: Reduction = "mean",
-) -> Float[Tensor, ...]:
+) -> Float[Tensor, "..."]:
     """Intra-modal self-attention distance: m-KL(sigma(R), sigma(LL)) with R[i, j] = VV[a_i, a_j].
 
     a_i is the region that stands for text token i. With annotated regions this is IAIS's metric of relation
@@ -186,7 +186,7 @@ def argmax_entropy(
     mask: Mask | None = None,
     convention: Convention = RELEASED,
     reduction: Reduction = "mean",
-) -> Float[Tensor, ...]:
+) -> Float[Tensor, "..."]:
     """How many image tokens the text looks at: the entropy of where its tokens' attention is highest.
 
     With `a_i = argmax_k A_LV[i, k]` and `p_k` the share of text tokens with `a_i = k`,
