@@ -27,8 +27,7 @@ def summarise(plan: Plan, runs: Runs) -> dict[str, Any]:
         "seeds": {"sweep": len(plan.sweep_seeds), "tuning": len(plan.tuning_seeds)},
         "steps": plan.base.steps,
         "sweep": {
-            str(share): mean([runs[one]["test"][2] for one in plan.sweep() if one.share == share])
-            for share in plan.shares
+            str(share): [runs[one]["test"][2] for one in plan.sweep() if one.share == share] for share in plan.shares
         },
         "tuning": {method: _tuning(plan, runs, method) for method in LOSSES},
         "regions": _compare(plan.main(runs), runs),

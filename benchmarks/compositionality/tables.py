@@ -46,8 +46,11 @@ def _table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
 
 
 def _sweep(results: dict[str, Any]) -> str:
-    rows = [[f"{float(share):.0%}", _interval(group)] for share, group in results["sweep"].items()]
-    return _table(["swapped negatives", "group score of the plain model"], rows)
+    rows = [
+        [f"{float(share):.0%}", ", ".join(f"{group:.1f}" for group in groups)]
+        for share, groups in results["sweep"].items()
+    ]
+    return _table(["swapped negatives", "group score of the plain model, each seed"], rows)
 
 
 def _tuning(results: dict[str, Any]) -> str:
@@ -125,4 +128,6 @@ def _interval(one: dict[str, Any], sign: str = "") -> str:
 
 
 def _number(value: float | None, form: str = ".3g") -> str:
-    return "" if value is None else format(value, form)
+    if value is None:
+        return ""
+    return "< 1e-6" if value == 0 and form == ".3g" else format(value, form)  # runs keep six decimals
