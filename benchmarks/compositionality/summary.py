@@ -78,7 +78,7 @@ def _compare(settings: Sequence[Setting], runs: Runs) -> dict[str, Any]:
     return table
 
 
-def mean(values: Sequence[float]) -> dict[str, float]:
+def mean(values: Sequence[float]) -> dict[str, float | None]:
     """Mean and 95% interval."""
     half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 1 else float("nan")
     middle = statistics.fmean(values)
@@ -129,16 +129,18 @@ def _curve(results: Sequence[Result]) -> list[dict[str, float]]:
     return [{"step": look[0][0], **mean([point[3] for point in look])} for look in looks]
 
 
-def _congruence(plain: Sequence[Result]) -> dict[str, dict[str, float]]:
+def _congruence(plain: Sequence[Result]) -> dict[str, dict[str, float | None]]:
     """Rank correlation, over seeds of the plain model, of the test score with what its attention looks like."""
     groups = [one["test"][2] for one in plain]
     found = {}
     for name in plain[0]["attention"]["after"]:
-        rho = stats.spearmanr(groups, [one["attention"]["after"][name] for one in plain])
-        found[name] = _rounded({"rho": rho.statistic, "p": rho.pvalue})
+        values = [one["attention"]["after"][name] for one in plain]
+        ranked = len(set(groups)) > 1 and len(set(values)) > 1  # what is constant correlates with nothing
+        rho = stats.spearmanr(groups, values) if ranked else None
+        found[name] = _rounded({"rho": rho.statistic, "p": rho.pvalue}) if rho else {"rho": None, "p": None}
     return found
 
 
-def _rounded(values: dict[str, float]) -> dict[str, float]:
+def _rounded(values: dict[str, float]) -> dict[str, float | None]:
     """NaN, of a single seed, is None: JSON has none."""
-    return {key: None if value != value else float(f"{value:.5g}") for key, value in values.items()}  # type: ignore[misc]
+    return {key: None if value != value else float(f"{value:.5g}") for key, value in values.items()}
