@@ -1,5 +1,6 @@
 """What fuzzing found (tests/test_robustness.py), each as the smallest call that showed it: wrong numbers first."""
 
+import numpy as np
 import pytest
 import torch
 from jaxtyping import TypeCheckError
@@ -23,6 +24,57 @@ every_reader = pytest.mark.parametrize(
     [cacr_loss, iais_loss, soft_equivalence_loop, hard_equivalence_loop, split_attention, argmax_entropy],
     ids=lambda read: read.__name__,
 )
+
+
+# ---------------------------------------------------------------- layouts
+
+
+@pytest.mark.parametrize(("dtype", "wrapped", "wanted"), [(torch.int8, 44, 300), (torch.uint8, 255, -1)])
+def test_ids_are_compared_in_64_bits(dtype, wrapped, wanted):
+    # In 8 bits, 300 is 44: text was taken for image.
+    ids = torch.tensor([[wrapped, 1]], dtype=dtype)
+    assert not TokenLayout.from_input_ids(ids, wanted).image.any()
+    assert not TokenLayout.from_token_type_ids(ids, image_type=wanted).image.any()
+    assert TokenLayout.from_input_ids(ids, wrapped).image.tolist() == [[True, False]]
+
+
+@pytest.mark.parametrize("wanted", [2**63, -(2**63) - 1, 2**70])
+def test_an_id_beyond_64_bits_is_refused(wanted):
+    ids = torch.tensor([[0, 1]])
+    with pytest.raises(ValueError, match=rf"image_token_id={wanted} is no id"):
+        TokenLayout.from_input_ids(ids, wanted)
+    with pytest.raises(ValueError, match=rf"image_type={wanted} is no id"):
+        TokenLayout.from_token_type_ids(ids, image_type=wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_boundaries_of_unsigned_integers(dtype):
+    boundary = torch.tensor([3, 2])
+    expected = cacr_loss(S, boundary)
+    assert torch.equal(cacr_loss(S, boundary.to(dtype)), expected)
+
+
+def test_boundaries_of_empty_sequences_are_checked():
+    for boundary in (torch.tensor([5, 0]), 5):
+        with pytest.raises(ValueError, match="n_text=5 is out of range: a sequence of 0 positions"):
+            TokenLayout.from_n_text(boundary, length=0)
+    with pytest.raises(ValueError, match="n_text=7 is out of range"):
+        cacr_loss(randn(2, 2, 0, 0), torch.tensor([0, 7]))
+    # No sample, but a boundary for all of them
+    with pytest.raises(ValueError, match="n_text=9 is out of range: a sequence of 4 positions"):
+        TokenLayout.from_n_text(9, attention_mask=torch.ones(0, 4, dtype=torch.bool))
+
+
+def test_lengths_and_boundaries_beyond_any_sequence():
+    with pytest.raises(ValueError, match="length=-1 must be >= 0"):
+        TokenLayout.from_n_text(0, -1)
+    with pytest.raises(ValueError, match=f"n_text={2**70} is out of range"):
+        TokenLayout.from_n_text(2**70, 4)
+
+
+def test_a_sample_of_a_layout_by_a_numpy_integer():
+    layout = TokenLayout.from_n_text(torch.tensor([1, 2]), 4)
+    assert torch.equal(layout[np.int64(1)].text, layout[1].text)
 
 
 # ---------------------------------------------------------------- tensors that are not dense, or have no values
