@@ -1,19 +1,26 @@
 """What fuzzing found (tests/test_robustness.py), each as the smallest call that showed it: wrong numbers first."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from jaxtyping import TypeCheckError
 
 from attncongruence import (
+    RELEASED,
+    WEIGHTED_MEAN,
     AttentionBlocks,
     TokenLayout,
     argmax_entropy,
+    attention_distance,
     cacr_loss,
     hard_equivalence_loop,
     iais_loss,
+    recall_at_k,
     soft_equivalence_loop,
     split_attention,
+    winoground_scores,
 )
 from tests.problems import randn
 
@@ -75,6 +82,66 @@ def test_lengths_and_boundaries_beyond_any_sequence():
 def test_a_sample_of_a_layout_by_a_numpy_integer():
     layout = TokenLayout.from_n_text(torch.tensor([1, 2]), 4)
     assert torch.equal(layout[np.int64(1)].text, layout[1].text)
+
+
+# ---------------------------------------------------------------- metrics
+
+
+def test_argmax_entropy_passes_nan_on():
+    # It was 0, as if attention had collapsed.
+    with_nan = S.clone()
+    with_nan[0, 1, 1, 4] = math.nan
+    for convention in (RELEASED, WEIGHTED_MEAN):
+        entropy = argmax_entropy(with_nan, 3, convention=convention, reduction="none")
+        assert entropy.isnan().tolist() == [True, False]
+        assert entropy[1] == argmax_entropy(S, 3, convention=convention, reduction="none")[1]
+    masked = argmax_entropy(with_nan, 3, mask=torch.tensor([[1, 1, 1, 1, 0, 1]]).expand(2, 6))
+    assert masked.isfinite()
+
+
+def test_metrics_check_shapes_and_types():
+    # Their checker looked at the wrapper of torch.no_grad, which takes anything.
+    for wrong in (torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, 3), [[0, 1, 2]]):
+        with pytest.raises(TypeCheckError, match="regions"):
+            attention_distance(S, 3, regions=wrong)
+    for metric in (attention_distance, argmax_entropy):
+        for nothing in (None, S.numpy(), [S]):
+            with pytest.raises(TypeCheckError, match="attention"):
+                metric(nothing, 3)
+
+
+def test_regions_where_there_are_none():
+    # No image token at all, so no region: one_hot refused a range of 0.
+    assert attention_distance(S, 6, regions=torch.full((2, 6), -1)) == 0
+
+
+def test_metrics_of_any_integers_and_half_precision():
+    regions = torch.tensor([[0, 1, 2], [2, 0, 1]])
+    expected = attention_distance(S, 3, regions=regions)
+    assert torch.equal(attention_distance(S, 3, regions=regions.to(torch.uint16)), expected)
+    pairs = torch.tensor([[[3, 1], [0, 2]], [[1, 1], [1, 1]]])
+    for dtype in (torch.uint8, torch.uint16, torch.uint32, torch.float16, torch.bfloat16):
+        assert winoground_scores(pairs.to(dtype)) == (50.0, 50.0, 50.0)
+    scores = torch.tensor([[1, 0], [0, 1]])
+    for dtype in (torch.uint16, torch.uint32, torch.uint64):
+        assert recall_at_k(scores, 1, torch.tensor([0, 0]).to(dtype)) == 50.0
+
+
+def test_recall_compares_large_integers_exactly():
+    # 2**53 and 2**53 + 1 are one number in float64: a tie that was none.
+    scores = torch.tensor([[2**53 + 1, 2**53], [0, 1]])
+    assert recall_at_k(scores) == 100.0
+
+
+def test_metrics_refuse_what_has_no_order_or_no_values():
+    for metric in (winoground_scores, recall_at_k):
+        shape = (2, 2, 2) if metric is winoground_scores else (2, 2)
+        with pytest.raises(ValueError, match="is on the meta device and has a shape but no values"):
+            metric(torch.zeros(shape, device="meta"))
+        with pytest.raises(ValueError, match=r"is torch\.uint64"):
+            metric(torch.zeros(shape, dtype=torch.uint64))
+    with pytest.raises(ValueError, match="regions is on the meta device"):
+        attention_distance(S.to("meta"), 3, regions=torch.zeros(2, 3, dtype=torch.long, device="meta"))
 
 
 # ---------------------------------------------------------------- tensors that are not dense, or have no values
