@@ -11,10 +11,12 @@ from attncongruence import (
     RELEASED,
     WEIGHTED_MEAN,
     AttentionBlocks,
+    QueryKey,
     TokenLayout,
     argmax_entropy,
     attention_distance,
     cacr_loss,
+    cacr_loss_qk,
     hard_equivalence_loop,
     iais_loss,
     recall_at_k,
@@ -142,6 +144,36 @@ def test_metrics_refuse_what_has_no_order_or_no_values():
             metric(torch.zeros(shape, dtype=torch.uint64))
     with pytest.raises(ValueError, match="regions is on the meta device"):
         attention_distance(S.to("meta"), 3, regions=torch.zeros(2, 3, dtype=torch.long, device="meta"))
+
+
+# ---------------------------------------------------------------- heads and widths of 0
+
+
+@every_reader
+def test_no_head_is_refused(read):
+    if read is split_attention:
+        assert read(randn(2, 0, 6, 6), 3).LV.shape == (2, 0, 3, 3)
+        return
+    with pytest.raises(ValueError, match="the attention has 0 heads"):
+        read(randn(2, 0, 6, 6), 3)
+
+
+@pytest.mark.parametrize(
+    ("query", "key"),
+    [((1, 2, 5, 0), (1, 2, 5, 0)), ((1, 2, 5, 4), (1, 0, 5, 4)), ((1, 0, 5, 4), (1, 2, 5, 4)), ((1, 0, 5, 4),) * 2],
+)
+@pytest.mark.parametrize("impl", ["dense", "streaming"])
+def test_queries_and_keys_need_a_head_and_a_width(query, key, impl):
+    with pytest.raises(ValueError, match="both need at least one head and a width"):
+        cacr_loss_qk(randn(*query), randn(*key), 2, impl=impl)
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf, 10**400])
+def test_a_scale_is_finite(scale):
+    with pytest.raises(ValueError, match=r"scale.* must be (finite|a number in the range of floats)"):
+        cacr_loss_qk(randn(1, 2, 5, 4), randn(1, 2, 5, 4), 2, scale=scale)
+    with pytest.raises(TypeError, match="scale='1' is a str: it must be a number"):
+        QueryKey(randn(1, 2, 5, 4), randn(1, 2, 5, 4), "1")
 
 
 # ---------------------------------------------------------------- tensors that are not dense, or have no values
