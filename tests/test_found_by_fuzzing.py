@@ -1,6 +1,7 @@
 """What fuzzing found (tests/test_robustness.py), each as the smallest call that showed it: wrong numbers first."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,17 +12,24 @@ from attncongruence import (
     RELEASED,
     WEIGHTED_MEAN,
     AttentionBlocks,
+    CACRLoss,
     QueryKey,
     TokenLayout,
     argmax_entropy,
     attention_distance,
     cacr_loss,
     cacr_loss_qk,
+    constant,
+    exponential_warmup,
     hard_equivalence_loop,
     iais_loss,
+    linear_warmup,
+    logarithmic_warmup,
     recall_at_k,
+    regularize,
     soft_equivalence_loop,
     split_attention,
+    symmetric_kl,
     winoground_scores,
 )
 from tests.problems import randn
@@ -222,3 +230,60 @@ def test_streams_of_something_else():
     blocks = {"LL": randn(1, 2, 2), "LV": randn(1, 2, 3), "VV": randn(1, 3, 3)}
     with pytest.raises(TypeCheckError, match="LV"):
         AttentionBlocks.from_streams(**blocks | {"LV": blocks["LV"].numpy()})
+
+
+# ---------------------------------------------------------------- numbers and switches
+
+
+def test_the_mean_of_no_rows_is_0():
+    rows = torch.zeros(0, 3, requires_grad=True)
+    loss = symmetric_kl(rows, torch.zeros(0, 3), reduction="mean")
+    assert loss == 0
+    loss.backward()
+
+
+@pytest.mark.parametrize("schedule", [exponential_warmup, linear_warmup, logarithmic_warmup])
+def test_schedules_of_no_number(schedule):
+    # NaN and infinity gave weights of NaN, many steps later.
+    for steps in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match=f"total_steps={steps} must be >= 1 and finite"):
+            schedule(steps)
+    for steps in ("5", None, torch.tensor([4, 5]), 1j):
+        with pytest.raises(TypeError, match=r"total_steps=.* must be a number"):
+            schedule(steps)
+    if schedule is not linear_warmup:
+        for scale in (math.nan, math.inf):
+            with pytest.raises(ValueError, match=f"scale={scale} must be > 0 and finite"):
+                schedule(5, scale)
+    with pytest.raises(ValueError, match="step=nan must be >= 0"):
+        schedule(5)(math.nan)
+    with pytest.raises(TypeError, match="step='1' is a str"):
+        schedule(5)("1")
+    with pytest.raises(ValueError, match="total_steps must be a number in the range of floats"):
+        schedule(10**400)
+    assert schedule(5)(math.inf) == schedule(5)(5)
+    assert constant()(10**300) == 1
+
+
+@pytest.mark.parametrize("name", ["temperature", "epsilon"])
+def test_conventions_of_no_number(name):
+    for wrong in ("a", None, torch.tensor([1.0, 2.0])):
+        with pytest.raises(TypeError, match=f"{name}=.* must be a number"):
+            replace(RELEASED, **{name: wrong})
+
+
+@pytest.mark.parametrize("name", ["detach_equivalence", "target_softmax", "iais_target_softmax"])
+def test_switches_of_conventions_are_bools(name):
+    # "no" was taken for True.
+    for wrong in ("no", 1, None):
+        with pytest.raises(TypeError, match=f"{name}={wrong!r} must be True or False"):
+            replace(RELEASED, **{name: wrong})
+
+
+def test_the_weight_of_a_regularizer_is_a_number():
+    model = torch.nn.TransformerEncoderLayer(8, 2)
+    for weight in (math.inf, math.nan, -1):
+        with pytest.raises(ValueError, match=f"weight={weight} must be >= 0 and finite"):
+            regularize(model, CACRLoss(), n_text=2, weight=weight)
+    with pytest.raises(TypeError, match="weight='1' is a str: it must be a number"):
+        regularize(model, CACRLoss(), n_text=2, weight="1")
