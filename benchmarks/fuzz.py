@@ -1,6 +1,6 @@
 """The fuzzing of tests/test_robustness.py with new examples, and how many of them each function answered and refused.
 
-    python -m benchmarks.fuzz     # or `make fuzz`: 2,500 and more examples
+    python -m benchmarks.fuzz     # or `make fuzz`: 25 times as many examples as the test suite draws
 
 A failure prints the input and the line that reproduces it, and nothing is written. Otherwise writes
 `benchmarks/results/fuzz-cpu.json`. One example asks one or several functions, some of them more than once.

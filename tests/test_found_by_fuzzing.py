@@ -176,7 +176,7 @@ def test_queries_and_keys_need_a_head_and_a_width(query, key, impl):
         cacr_loss_qk(randn(*query), randn(*key), 2, impl=impl)
 
 
-@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf, 10**400])
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf, 10**400], ids=["nan", "inf", "-inf", "huge"])
 def test_a_scale_is_finite(scale):
     with pytest.raises(ValueError, match=r"scale.* must be (finite|a number in the range of floats)"):
         cacr_loss_qk(randn(1, 2, 5, 4), randn(1, 2, 5, 4), 2, scale=scale)
