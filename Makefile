@@ -8,7 +8,7 @@ READY := .venv/.ready
 LOWEST := reference conventions equivalence divergence schedules layout blocks metrics losses streaming \
 	capture_hooks capture_product
 
-.PHONY: demo test lint types docs bench build lowest release-check clean
+.PHONY: demo test lint types docs bench fuzz build lowest release-check clean
 
 demo: $(READY)  ## train a tiny ViLT for some steps with and without the loss
 	$(BIN)/python -m examples.demo
@@ -30,6 +30,9 @@ bench: $(READY)  ## measure again, with DEVICE=cuda on a card: writes benchmarks
 	$(BIN)/python -m benchmarks --device $(DEVICE)
 	$(BIN)/python -m benchmarks.conventions
 	$(BIN)/python -m benchmarks.capture_cost --device $(DEVICE)
+
+fuzz: $(READY)  ## new random inputs for every function: writes benchmarks/results/fuzz-cpu.json
+	$(BIN)/python -m benchmarks.fuzz
 
 build: $(READY)  ## wheel and sdist in dist/
 	$(BIN)/python -m build

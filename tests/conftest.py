@@ -11,4 +11,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # Two noisy cores: a deadline would measure the machine. Derandomised, so that a red test is red again.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
+# `make fuzz`: many more examples, new ones each time; a failure prints the line that reproduces it.
+hypothesis.settings.register_profile("nightly", deadline=None, max_examples=2500, print_blob=True, database=None)
 hypothesis.settings.load_profile("suite")

@@ -1,6 +1,7 @@
 """The benchmarks measure what they say: their yardsticks compute the same losses, and their files say where from."""
 
 import json
+import subprocess
 
 import pytest
 import torch
@@ -77,3 +78,17 @@ def test_result_files_say_where_they_come_from():
 
 def test_environment_of_this_run():
     assert record.environment("benchmarks.loops")["versions"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_a_result_says_whether_its_code_was_committed(tmp_path, monkeypatch):
+    # git read the paths from inside benchmarks/, where there is no src: nothing was ever uncommitted.
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+    for file in ("src/code.py", "benchmarks/record.py"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("1\n")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(record, "__file__", str(tmp_path / "benchmarks/record.py"))
+    assert record.environment("benchmarks.loops")["uncommitted_changes"] is False
+    (tmp_path / "src/code.py").write_text("2\n")
+    assert record.environment("benchmarks.loops")["uncommitted_changes"] is True

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import capture_cost, conventions, report
+from benchmarks import capture_cost, conventions, fuzz, report, soak
 from benchmarks.record import committed
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +47,8 @@ def test_links_lead_somewhere(page):
     [
         ("docs/conventions.md", "conventions", conventions.tables),
         ("docs/capture.md", "capture-cost-cpu", capture_cost.table),
+        ("docs/reliability.md", "fuzz-cpu", fuzz.table),
+        ("docs/reliability.md", "soak-cpu", soak.table),
     ],
 )
 def test_tables_are_the_committed_ones(page, result, tables):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import itertools
 import numbers
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
@@ -38,14 +40,47 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
     Under `torch.compile` the call goes straight through unchecked: dynamo cannot trace the checker.
     """
     strict = jaxtyped(typechecker=beartype)(function)
+    parameters = tuple(inspect.signature(function).parameters)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
+        for name, value in itertools.chain(zip(parameters, args, strict=False), kwargs.items()):
+            if isinstance(value, torch.Tensor):
+                _computable(name, value)
         return strict(*args, **kwargs)
 
     return call
+
+
+def _computable(name: str, x: torch.Tensor) -> None:
+    """Raise a ValueError for tensors that have a shape and a dtype, but not the operations of dense ones."""
+    if x.is_nested or x.layout != torch.strided:
+        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.").lstrip("_")
+        raise ValueError(
+            f"{name} is a {kind} tensor, and only dense ones can be computed with: pass a padded, dense one"
+        )
+    if x.is_floating_point() and x.element_size() < 2:
+        raise ValueError(f"{name} is {x.dtype}, which has no arithmetic: pass {name}.float()")
+
+
+def values_of(**tensors: torch.Tensor) -> None:
+    """Raise a ValueError for tensors on the meta device, where it is their values that count."""
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device and has a shape but no values: pass a tensor that has")
+
+
+def real(name: str, value: object) -> None:
+    """Raise a TypeError unless the value is one real number (a tensor of one element is), in the range of floats."""
+    one = isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex()
+    if not one and not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: it must be a number")
+    try:
+        float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        raise ValueError(f"{name} must be a number in the range of floats: 10**308 is, this is not") from None
 
 
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -201,7 +201,8 @@ def one_sample(blocks: AttentionBlocks, sample: int, head: int | None = None) ->
 
 
 def _scores_and_pairs(source: Tensor | ScoreSource) -> tuple[Tensor, Tensor | None]:
-    return (source, None) if isinstance(source, Tensor) else (source.scores, source.allowed)
+    # What is neither goes on to the checker of shapes, which says what it should have been.
+    return (source.scores, source.allowed) if isinstance(source, ScoreSource) else (source, None)
 
 
 @checked

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from attncongruence._typing import one_of
+from attncongruence._typing import one_of, real
 
 Blocks = Literal["probabilities", "scores"]
 Heads = Literal["mean_map", "mean_loss"]
@@ -32,6 +32,7 @@ class Convention:
 
     Raises:
         ValueError: an unknown word, a temperature or epsilon <= 0, or a target of raw scores without a softmax.
+        TypeError: a temperature or epsilon that is no number, a switch that is no bool.
 
     Source:
         CACR (Pandey et al., ACL 2023), Section 3 and released code; IAIS (Ren et al., ACL 2021), released code. The
@@ -58,7 +59,11 @@ class Convention:
         one_of("heads", self.heads, get_args(Heads))
         one_of("equivalence", self.equivalence, get_args(Equivalence))
         one_of("rows", self.rows, get_args(Rows))
+        for name in ("detach_equivalence", "target_softmax", "iais_target_softmax"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r} must be True or False")
         for name in ("temperature", "epsilon"):
+            real(name, getattr(self, name))
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be > 0")
         if self.blocks == "scores" and not (self.target_softmax and self.iais_target_softmax):

@@ -28,11 +28,13 @@ def symmetric_kl(
     the logits are, also where a probability underflows to exactly 0.
 
     Args:
-        a: logits `(..., columns)` of any finite size (leave -inf to the mask); half precision is computed in float32.
+        a: logits `(..., columns)` of any size up to half of the largest finite number (leave -inf to the mask); half
+            precision is computed in float32.
         b: logits of the same shape.
         mask: bool, broadcastable to the logits; False entries are left out of both softmaxes and of the sum. A row
             with no entry left has divergence 0.
-        reduction: `"none"` (one value a row), `"sum"` or `"mean"` over all rows, rows with no entry left included.
+        reduction: `"none"` (one value a row), `"sum"` or `"mean"` over all rows, rows with no entry left included;
+            0 for no rows at all.
 
     Returns:
         Divergence in nats, >= 0: shape `(...)` for `"none"`, a scalar otherwise. 0 if and only if P = T.
@@ -63,7 +65,7 @@ def symmetric_kl(
     rows = terms.sum(-1)
     if reduction == "none":
         return rows
-    return rows.sum() if reduction == "sum" else rows.mean()
+    return rows.mean() if reduction == "mean" and rows.numel() else rows.sum()
 
 
 def there_and_back(P: Tensor, T: Tensor, epsilon: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -76,7 +77,7 @@ class TokenLayout:
             attention_mask: `(batch, length)`, True or 1 at real tokens; the others are ignored.
 
         Raises:
-            ValueError: neither `length` nor `attention_mask`, or a boundary outside 0..length.
+            ValueError: neither `length` nor `attention_mask`, a length below 0, or a boundary outside 0..length.
         """
         mask = attention_mask
         if mask is not None:
@@ -85,10 +86,13 @@ class TokenLayout:
             length = mask.shape[1]
         if length is None:
             raise ValueError("from_n_text needs the length of the joint sequence: pass length= or attention_mask=")
+        if length < 0:
+            raise ValueError(f"length={length} must be >= 0: the number of positions in the joint sequence")
         if isinstance(n_text, Tensor):
             same_device(n_text=n_text, mask=mask)
-            boundary = n_text[:, None]
+            boundary = n_text.long()[:, None]
         else:
+            check_boundary(n_text, length)
             boundary = torch.tensor([[n_text]], device=None if mask is None else mask.device)
         text = torch.arange(length, device=boundary.device) < boundary
         real = torch.ones_like(text) if mask is None else mask.bool()
@@ -136,7 +140,7 @@ class TokenLayout:
             image_type: the type of image tokens (PaliGemma: 0).
         """
         same_device(token_type_ids=token_type_ids, attention_mask=attention_mask)
-        return cls._from_image(token_type_ids == image_type, attention_mask)
+        return cls._from_image(_where("image_type", token_type_ids, image_type), attention_mask)
 
     @classmethod
     @checked
@@ -151,7 +155,7 @@ class TokenLayout:
             attention_mask: `(batch, length)`, True or 1 at real tokens.
         """
         same_device(input_ids=input_ids, attention_mask=attention_mask)
-        return cls._from_image(input_ids == image_token_id, attention_mask)
+        return cls._from_image(_where("image_token_id", input_ids, image_token_id), attention_mask)
 
     @classmethod
     def _from_image(cls, image: Tensor, mask: Tensor | None) -> TokenLayout:
@@ -182,7 +186,7 @@ class TokenLayout:
         """The layout of some samples: `layout[positives]`. One row serves every sample, and so any of them."""
         if self.text.shape[0] == 1:
             return self
-        samples = [samples] if isinstance(samples, int) else samples
+        samples = [int(samples)] if isinstance(samples, numbers.Integral) else samples
         return TokenLayout(self.text[samples], self.image[samples])
 
     def to(self, device: torch.device | str) -> TokenLayout:
@@ -196,20 +200,29 @@ def check_boundary(n_text: int, length: int) -> None:
         raise ValueError(f"n_text={n_text} is out of range: a sequence of {length} positions allows 0 to {length}")
 
 
+def _where(name: str, ids: Tensor, wanted: int) -> Tensor:
+    """Where an id stands, compared in 64 bits: in fewer, 300 would be 44."""
+    if not -(2**63) <= wanted < 2**63:
+        raise ValueError(f"{name}={wanted} is no id: ids are integers of 64 bits")
+    return ids.long() == wanted
+
+
 def _measure(text: Tensor, image: Tensor, boundary: Tensor | None = None) -> Extent:
     """Extent of two masks, and the checks on their values, in one synchronisation."""
     length = text.shape[1]
     # A compiled graph cannot wait for a number: there every block keeps the full length.
-    if torch.compiler.is_compiling() or not text.numel() or text.is_meta:
+    if torch.compiler.is_compiling() or text.is_meta:
         return Extent(length, length, None)
-    numbers = [(text & image).sum(), *_reach(text), *_reach(image)]
-    if boundary is not None:
-        numbers += [boundary.min(), boundary.max()]
-    overlap, max_text, text_start, text_end, max_image, image_start, image_end, *ends = torch.stack(numbers).tolist()
+    ends = [] if boundary is None or not boundary.numel() else [boundary.min(), boundary.max()]
+    found = [(text & image).sum(), *_reach(text), *_reach(image)] if text.numel() else []
+    read = torch.stack([*ends, *found]).tolist() if ends or found else []
+    for end in read[: len(ends)]:
+        check_boundary(end, length)
+    if not found:
+        return Extent(length, length, None)
+    overlap, max_text, text_start, text_end, max_image, image_start, image_end = read[len(ends) :]
     if overlap:
         raise ValueError(f"text and image masks overlap at {overlap} position(s): a position is text, image or neither")
-    for end in ends:
-        check_boundary(end, length)
     spans = (text_start, text_end), (image_start, image_end)
     apart = text_end <= image_start or image_end <= text_start
     full = max_text == text_end - text_start and max_image == image_end - image_start

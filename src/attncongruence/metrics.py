@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 from torch.nn import functional as F
 
-from attncongruence._typing import Count, Reduction, checked, same_device
+from attncongruence._typing import Count, Reduction, checked, same_device, values_of
 from attncongruence.blocks import Attention, AttentionBlocks, NText, as_blocks
 from attncongruence.conventions import RELEASED, WEIGHTED_MEAN, Convention
 from attncongruence.equivalence import attention_map, fill
@@ -62,7 +62,7 @@ def winoground_scores(s: Float[Tensor, "n 2 2"] | Integer[Tensor, "n 2 2"]) -> W
         >>> winoground_scores(torch.tensor([[[0.9, 0.1], [0.2, 0.8]], [[0.5, 0.6], [0.4, 0.7]]]))
         WinogroundScores(text=100.0, image=50.0, group=50.0)
     """
-    _usable("s", s)
+    s = _comparable("s", s)
     own_0, own_1, caption_0_image_1, caption_1_image_0 = s[:, 0, 0], s[:, 1, 1], s[:, 0, 1], s[:, 1, 0]
     text = (own_0 > caption_1_image_0) & (own_1 > caption_0_image_1)
     image = (own_0 > caption_0_image_1) & (own_1 > caption_1_image_0)
@@ -103,7 +103,7 @@ def recall_at_k(
         >>> round(recall_at_k(scores, 1), 2), recall_at_k(scores, 2)
         (66.67, 100.0)
     """
-    _usable("scores", scores)
+    scores = _comparable("scores", scores)
     queries, candidates = scores.shape
     if not 1 <= k <= candidates:
         raise ValueError(f"k={k} is out of range: {candidates} candidates allow 1 to {candidates}")
@@ -115,21 +115,23 @@ def recall_at_k(
             )
         relevant = torch.arange(queries, device=scores.device)
     same_device(scores=scores, relevant=relevant)
+    values_of(relevant=relevant)
     if relevant.dtype != torch.bool:
+        relevant = relevant.long()
         if bool(((relevant < 0) | (relevant >= candidates)).any()):
             raise ValueError(f"relevant must name candidates 0 to {candidates - 1}, got {relevant.tolist()}")
-        relevant = F.one_hot(relevant.long(), candidates).bool()
+        relevant = F.one_hot(relevant, candidates).bool()
     if not bool(relevant.any(1).all()):
         raise ValueError("every query needs a relevant candidate: leave the others out")
-    scores = scores.double()
-    best = fill(scores, relevant, -torch.inf).amax(1, keepdim=True)
+    least = -torch.inf if scores.is_floating_point() else torch.iinfo(scores.dtype).min
+    best = fill(scores, relevant, least).amax(1, keepdim=True)
     # how many irrelevant candidates are as good as the best relevant one
     ahead = ((scores >= best) & ~relevant).sum(1)
     return float(100 * (ahead < k).double().mean())
 
 
-@checked
 @torch.no_grad()
+@checked
 def attention_distance(
     attention: Attention,
     n_text: NText = None,
@@ -177,8 +179,8 @@ def attention_distance(
     return iais_loss(blocks, convention=convention, direction="language", reduction=reduction)
 
 
-@checked
 @torch.no_grad()
+@checked
 def argmax_entropy(
     attention: Attention,
     n_text: NText = None,
@@ -204,6 +206,7 @@ def argmax_entropy(
     Returns:
         Entropy in nats, 0 to log(min(text tokens, image tokens)): the mean over samples with both modalities, or as
         `reduction` says. Text tokens that may look at no image token are left out. Of several maxima the first counts.
+        NaN where an attention is NaN.
 
     Raises:
         jaxtyping.TypeCheckError, ValueError: as `cacr_loss`.
@@ -230,7 +233,11 @@ def argmax_entropy(
         counts.scatter_add_(-1, fill(LV, pairs, -torch.inf).argmax(-1), pairs.any(-1).float())
     # H = - sum_k p_k log p_k
     share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
-    entropy: Tensor = torch.special.entr(share).sum(-1).mean(-1)
+    per_head = torch.special.entr(share).sum(-1)
+    if blocks.LV.numel():
+        # A NaN has no argmax.
+        per_head = per_head.masked_fill(LV.isnan().any(-1).any(-1), torch.nan)
+    entropy: Tensor = per_head.mean(-1)
     if reduction == "none":
         return entropy
     present = blocks.text_mask.any(-1) & blocks.image_mask.any(-1)
@@ -240,16 +247,19 @@ def argmax_entropy(
 def _annotated(blocks: AttentionBlocks, regions: Tensor) -> AttentionBlocks:
     """The blocks with annotated regions in the place of LV: token i attends to region a_i alone, or to none."""
     same_device(attention=blocks.LL, regions=regions)
+    values_of(regions=regions)
     batch, _, N, M = blocks.LV.shape
     if regions.shape != (batch, N):
         raise ValueError(
             f"regions has shape {tuple(regions.shape)}, and the batch has (batch, text tokens) = {(batch, N)}: "
             "give one place for each text token, -1 for tokens without a region"
         )
+    regions = regions.long()
     given = regions >= 0
     if bool(((regions >= M) | (given & ~blocks.text_mask)).any()) or bool((regions < -1).any()):
         raise ValueError(f"regions must lie between -1 and {M - 1}, with -1 where a sample has no text token")
-    one_hot = F.one_hot(regions.clamp(min=0).long(), M).bool() & given[..., None]
+    # one_hot knows no range of 0 classes
+    one_hot = F.one_hot(regions.clamp(min=0), max(M, 1)).bool()[..., :M] & given[..., None]
     everything = one_hot.new_ones(1, 1, 1, 1)
     allowed = blocks.allowed or Quadrants(everything, everything, everything, everything)
     LV = one_hot[:, None].to(blocks.LL.dtype).expand(-1, blocks.LL.shape[1], -1, -1)
@@ -257,8 +267,15 @@ def _annotated(blocks: AttentionBlocks, regions: Tensor) -> AttentionBlocks:
     return replace(blocks, LV=LV, text_mask=text_mask, allowed=allowed._replace(LV=one_hot[:, None]), padded=True)
 
 
-def _usable(name: str, scores: Tensor) -> None:
+def _comparable(name: str, scores: Tensor) -> Tensor:
+    """The scores in a dtype that compares without rounding: float64, or int64 for integers."""
+    values_of(**{name: scores})
     if not scores.numel():
         raise ValueError(f"{name} of shape {tuple(scores.shape)} is empty: there is nothing to score")
+    if scores.dtype == torch.uint64:
+        raise ValueError(
+            f"{name} is torch.uint64, whose upper half is negative in int64: pass another integer or float"
+        )
     if bool(scores.isnan().any()):
         raise ValueError(f"{name} contains NaN, which compares with nothing: look for it in the model's scores")
+    return scores.double() if scores.is_floating_point() else scores.long()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attncongruence._precision import at_least_float32, zeros
-from attncongruence._typing import Alignment, Direction, Impl, Reduction, checked, one_of
+from attncongruence._typing import Alignment, Direction, Impl, Reduction, checked, one_of, values_of
 from attncongruence.blocks import Attention, AttentionBlocks, NText
 from attncongruence.conventions import RELEASED, Convention
 from attncongruence.locate import Mask
@@ -114,6 +114,7 @@ def _loop(
 ) -> Tensor:
     """Loop over samples and directions, cut each sample to its own tokens, and reduce."""
     blocks, _ = prepare(attention, n_text, mask, convention, direction, reduction, impl, there_and_back)
+    values_of(attention=blocks.LL)
     losses, present = [], 0
     for sample in range(blocks.LL.shape[0]):
         text, image = (m[sample].nonzero()[:, 0] for m in (blocks.text_mask, blocks.image_mask))

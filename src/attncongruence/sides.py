@@ -185,6 +185,8 @@ def prepare(
         if getattr(blocks, name) is None:
             raise ValueError(f"these blocks have no {name}, which this loss and direction need: {_REMEDY[name]}")
     heads = sorted({getattr(blocks, name).shape[1] for name in ("LL", "VV", *cross)})
+    if 0 in heads:
+        raise ValueError("the attention has 0 heads: a loss is a mean over heads and needs at least one")
     if convention.heads == "mean_loss" and len(heads) > 1:
         raise ValueError(
             f"the blocks have different numbers of heads, {heads}, and a loss per head needs equal ones: "

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import abc
+import math
 
 from jaxtyping import Float
 from torch import Tensor
 
 from attncongruence._precision import at_least_float32, no_autocast
-from attncongruence._typing import checked, same_device
+from attncongruence._typing import checked, real, same_device
 
 
 class ScoreSource(abc.ABC):
@@ -46,11 +47,12 @@ class QueryKey(ScoreSource):
     Args:
         query: `(batch, heads, length, width)`, after rotary embedding and norms, if the layer has them.
         key: `(batch, groups, length, width)`; with grouped queries, heads is a multiple of groups.
-        scale: factor of `query key^T`; None: 1 / sqrt(width), as in scaled dot product attention.
+        scale: factor of `query key^T`, finite; None: 1 / sqrt(width), as in scaled dot product attention.
 
     Raises:
         jaxtyping.TypeCheckError: other shapes, integers.
-        ValueError: heads that are no multiple of groups, different dtypes, tensors on several devices.
+        ValueError: heads that are no multiple of groups, no head or no width, different dtypes, tensors on several
+            devices, a scale that is not finite.
 
     Example:
         >>> q, k = torch.tensor([[[[1.0], [2.0]]]]), torch.tensor([[[[3.0], [5.0]]]])
@@ -60,6 +62,10 @@ class QueryKey(ScoreSource):
 
     def __init__(self, query: Tensor, key: Tensor, scale: float | None = None) -> None:
         _check(query, key)
+        if scale is not None:
+            real("scale", scale)
+            if not -math.inf < scale < math.inf:
+                raise ValueError(f"scale={scale} must be finite: leave it out for 1 / sqrt(width)")
         self._query = query
         self._key = key.repeat_interleave(query.shape[1] // key.shape[1], 1) if key.shape[1] < query.shape[1] else key
         self._scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -96,7 +102,11 @@ def _check(query: Float[Tensor, "batch heads length width"], key: Float[Tensor, 
     same_device(query=query, key=key)
     if query.dtype != key.dtype:
         raise ValueError(f"query is {query.dtype} and key {key.dtype}: both must have one dtype")
-    if query.shape[1] % max(key.shape[1], 1):
+    if 0 in (query.shape[1], key.shape[1], query.shape[3]):
+        raise ValueError(
+            f"query has shape {tuple(query.shape)} and key {tuple(key.shape)}: both need at least one head and a width"
+        )
+    if query.shape[1] % key.shape[1]:
         raise ValueError(
             f"query has {query.shape[1]} heads and key {key.shape[1]}: with grouped queries, the number of query heads "
             "must be a multiple of the number of key heads"

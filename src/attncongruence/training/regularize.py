@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from attncongruence._typing import real
 from attncongruence.capture.hooks import uncompiled_hook
 from attncongruence.capture.session import AttentionCapture, Layers, unwrapped
 from attncongruence.capture.watch import recomputing
@@ -111,8 +113,12 @@ class Regularizer:
     """
 
     def __init__(self, model: nn.Module, term: Term, layers: Layers, weight: Schedule | float) -> None:
-        if not callable(weight) and not weight >= 0:
-            raise ValueError(f"weight={weight!r} must be >= 0, or a schedule such as exponential_warmup(5000)")
+        if not callable(weight):
+            real("weight", weight)
+            if not 0 <= weight < math.inf:
+                raise ValueError(
+                    f"weight={weight!r} must be >= 0 and finite, or a schedule such as exponential_warmup(5000)"
+                )
         self.model = unwrapped(model)
         self.last: LossParts | None = None
         self.step = 0

@@ -12,6 +12,8 @@ import functools
 import math
 from collections.abc import Callable
 
+from attncongruence._typing import real
+
 Schedule = Callable[[int], float]
 Shape = Callable[[float, float], float]
 
@@ -20,11 +22,12 @@ def exponential_warmup(total_steps: int, scale: float = 5.0) -> Schedule:
     """`exp(scale (t/T - 1))`: from exp(-scale) to 1, most of it at the end.
 
     Args:
-        total_steps: T, >= 1.
-        scale: how steep, > 0.
+        total_steps: T, >= 1, finite.
+        scale: how steep, > 0, finite.
 
     Raises:
-        ValueError: `total_steps` < 1 or `scale` <= 0; from the schedule: a negative step.
+        ValueError: `total_steps` < 1 or `scale` <= 0, NaN or infinity; from the schedule: a negative step.
+        TypeError: arguments or steps that are no numbers.
 
     Example:
         >>> weight = exponential_warmup(total_steps=5000)
@@ -65,18 +68,23 @@ def constant(total_steps: int | None = None) -> Schedule:
 
 
 def _schedule(total_steps: int, scale: float, shape: Shape) -> Schedule:
-    if total_steps < 1:
-        raise ValueError(f"total_steps={total_steps} must be >= 1: the number of steps over which the weight rises")
-    if not scale > 0:
-        raise ValueError(f"scale={scale} must be > 0")
+    real("total_steps", total_steps)
+    real("scale", scale)
+    if not 1 <= total_steps < math.inf:
+        raise ValueError(
+            f"total_steps={total_steps} must be >= 1 and finite: the number of steps over which the weight rises"
+        )
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale={scale} must be > 0 and finite")
     # Not a closure: what holds a schedule can be pickled along with it.
     return functools.partial(_weight, shape, scale, total_steps)
 
 
 def _weight(shape: Shape, scale: float, total_steps: int, step: int) -> float:
-    if step < 0:
+    real("step", step)
+    if not step >= 0:
         raise ValueError(f"step={step} must be >= 0: steps are counted from 0")
-    return shape(min(step / total_steps, 1.0), scale)
+    return shape(min(step, total_steps) / total_steps, scale)
 
 
 def _exponential(progress: float, scale: float) -> float:
