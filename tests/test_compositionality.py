@@ -66,7 +66,7 @@ def test_ordinary_negatives_are_false_both_ways():
 def test_a_share_of_negatives_is_the_swap():
     scenes = data.pairs(400, 0, "regions")
     for share in (0.0, 0.7, 1.0):
-        draw, swaps = train._draw(replace(TINY, share=share, batch=400), scenes), 0
+        draw = train._draw(replace(TINY, share=share, batch=400), scenes)
         caption, _, other, _ = next(draw)
         matched = {tuple(words[0].tolist()): words[1] for words in scenes.captions}
         swaps = sum(bool((matched[tuple(a.tolist())] == b).all()) for a, b in zip(caption, other, strict=True))

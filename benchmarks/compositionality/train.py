@@ -8,7 +8,6 @@ A run is a function of its `Setting` alone: the same one gives the same numbers,
 from __future__ import annotations
 
 import functools
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -142,7 +141,6 @@ def _draw(setting: Setting, train: Pairs) -> Any:
 def _model(setting: Setting, train: Pairs, device: str) -> tuple[Matcher, Any]:
     model, forward = _compiled(*train.images.shape[2:], setting.view == "patches", device, setting.steps > 300)
     torch.manual_seed(setting.seed)
-    random.seed(setting.seed)
     fresh = Matcher(*train.images.shape[2:], ordered=setting.view == "patches")
     model.load_state_dict(fresh.state_dict())
     return model, forward

@@ -7,19 +7,14 @@ a map of low rank, `F G^T`. Backward computes the tiles again. A tile holds some
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attncongruence._precision import at_least_float32
-from attncongruence.divergence import there_and_back, there_and_back_grad
 from attncongruence.fast.ops import Batched, kernels, refuse_second_derivative
-from attncongruence.fast.tiles import Tiles, groups, m_kl, m_kl_grad
-
-Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-Target = Literal["softmax", "log", "distributed"]
-"""What FG^T is held against: softmax(T), T itself as a distribution, or T by IAIS's distributed formula."""
+from attncongruence.fast.tiles import Five, Target, Tiles, divergence, divergence_grad, groups
 
 
 def mean_map(
@@ -182,8 +177,7 @@ def _forward(
                 R[samples][maps] += torch.bmm(e[maps, :, row], W)
             if F.numel():
                 torch.bmm(f[maps, row], g[maps].mT, out=x)
-                each = there_and_back(x, T, epsilon) if target == "distributed" else m_kl(x, y.copy_(T), P, Q)
-                loss[samples][maps] += each.sum(-1)
+                loss[samples][maps] += divergence(x, T, (y, P, Q), target, epsilon).sum(-1)
     return R, loss
 
 
@@ -229,13 +223,7 @@ def _backward(
             if F.numel():
                 torch.bmm(f[maps, row], g[maps].mT, out=x)
                 weight = dloss[samples][maps, None, None]
-                if target == "distributed":
-                    dx, dT = there_and_back_grad(x, T, epsilon)
-                    dT.mul_(weight)
-                else:
-                    dx, minus_dT = m_kl_grad(x, y.copy_(T), P, Q, m_kl(x, y, P, Q))
-                    dT = minus_dT.mul_(-weight)
-                dx.mul_(weight)
+                dx, dT = divergence_grad(x, T, (y, P, Q), target, epsilon, weight)
                 df[maps, row] = torch.bmm(dx, g[maps])
                 dg[maps].baddbmm_(dx.mT, f[maps, row])
             if E.numel():

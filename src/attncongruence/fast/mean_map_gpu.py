@@ -11,11 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from attncongruence.divergence import there_and_back, there_and_back_grad
 from attncongruence.fast import triton_map, triton_map_grad
-from attncongruence.fast.tiles import cache_bytes, m_kl, m_kl_grad
-
-Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+from attncongruence.fast.tiles import Five, Target, Work, cache_bytes, divergence, divergence_grad
 
 
 def forward(
@@ -26,7 +23,7 @@ def forward(
     G: Tensor,
     lengths: Tensor,
     scale: float,
-    target: str,
+    target: Target,
     epsilon: float,
 ) -> tuple[Tensor, Tensor]:
     """As `mean_map`, for the targets `"softmax"` and `"distributed"`."""
@@ -39,8 +36,7 @@ def forward(
             R.baddbmm_(E[:, :, start:stop], torch.bmm(T, E.mT))
         if F.numel():
             x = torch.bmm(F[:, start:stop], G.mT)
-            each = there_and_back(x, T, epsilon) if target == "distributed" else _m_kl(x, T, beyond)[0]
-            loss += each.sum(-1)
+            loss += divergence(x, T, _work(x), target, epsilon, beyond).sum(-1)
     return R, loss
 
 
@@ -54,7 +50,7 @@ def backward(
     dR: Tensor,
     dloss: Tensor,
     scale: float,
-    target: str,
+    target: Target,
     epsilon: float,
     with_dE: bool,
 ) -> Five:
@@ -67,14 +63,7 @@ def backward(
         dT = torch.zeros_like(T)
         if F.numel():
             x = torch.bmm(F[:, start:stop], G.mT)
-            if target == "distributed":
-                dx, dT = there_and_back_grad(x, T, epsilon)
-                dT.mul_(weight)
-            else:
-                loss, tiles = _m_kl(x, T, beyond)
-                dx, minus_dT = m_kl_grad(*tiles, loss)
-                dT = minus_dT.mul_(-weight)
-            dx.mul_(weight)
+            dx, dT = divergence_grad(x, T, _work(x), target, epsilon, weight, beyond)
             dF[:, start:stop] = torch.bmm(dx, G)
             dG.baddbmm_(dx.mT, F[:, start:stop])
         if E.numel():
@@ -101,9 +90,5 @@ def _beyond(q: Tensor, lengths: Tensor) -> Tensor:
     return (torch.arange(q.shape[2], device=q.device) >= lengths[:, None])[:, None]
 
 
-def _m_kl(x: Tensor, T: Tensor, beyond: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Rows of m-KL(softmax(x), softmax(T)) over a sample's own columns, and what its gradient wants; T is kept."""
-    floor = torch.finfo(x.dtype).min / 2
-    x, y = x.masked_fill_(beyond, floor), T.masked_fill(beyond, floor)
-    tiles = x, y, torch.empty_like(x), torch.empty_like(x)
-    return m_kl(*tiles), tiles
+def _work(x: Tensor) -> Work:
+    return torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)

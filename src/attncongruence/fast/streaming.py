@@ -19,9 +19,9 @@ from attncongruence.conventions import Convention
 from attncongruence.divergence import symmetric_kl, there_and_back
 from attncongruence.equivalence import attention_map, equivalence, fill, log_attention_map
 from attncongruence.fast.low_rank import low_rank_kl
-from attncongruence.fast.mean_map import Target, mean_map
+from attncongruence.fast.mean_map import mean_map
 from attncongruence.fast.ops import first_derivative_only, kernels
-from attncongruence.fast.tiles import cache_bytes
+from attncongruence.fast.tiles import Target, cache_bytes
 from attncongruence.layout import Stretch
 from attncongruence.locate import Located
 from attncongruence.quadrants import Quadrants, first_positions, take

@@ -5,10 +5,16 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from attncongruence.divergence import there_and_back, there_and_back_grad
+
+Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Target = Literal["softmax", "log", "distributed"]
+"""What FG^T is held against: softmax(T), T itself as a distribution, or T by IAIS's distributed formula."""
 # Longer tiles make matrix products no faster (docs/performance.md).
 LONGEST = 512
 
@@ -64,6 +70,45 @@ def groups(lengths: Tensor, n: int) -> Iterator[tuple[slice, int]]:
             if counts[start]:
                 yield slice(start, i), min(counts[start], n)
             start = i
+
+
+Work = tuple[Tensor, Tensor, Tensor]
+
+
+def divergence(
+    x: Tensor, T: Tensor, work: Work, target: Target, epsilon: float, beyond: Tensor | None = None
+) -> Tensor:
+    """Rows of what `x = F G^T` is held against T by, `(maps, rows, n)` to `(maps, rows)`; x is worked in, T is kept.
+
+    Args:
+        x: rows of F G^T, and T the same rows of the mean map.
+        work: three more tiles.
+        target: by which formula, and with which epsilon.
+        beyond: True at columns that are no sample's own; None: there are none.
+    """
+    return there_and_back(x, T, epsilon) if target == "distributed" else m_kl(*_logits(x, T, work, beyond))
+
+
+def divergence_grad(
+    x: Tensor, T: Tensor, work: Work, target: Target, epsilon: float, weight: Tensor, beyond: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradient of `divergence`, times `weight`, with respect to x and T."""
+    if target == "distributed":
+        dx, dT = there_and_back_grad(x, T, epsilon)
+        return dx.mul_(weight), dT.mul_(weight)
+    tiles = _logits(x, T, work, beyond)
+    dx, minus_dT = m_kl_grad(*tiles, m_kl(*tiles))
+    return dx.mul_(weight), minus_dT.mul_(-weight)
+
+
+def _logits(x: Tensor, T: Tensor, work: Work, beyond: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, P, Q = work
+    y.copy_(T)
+    if beyond is not None:
+        floor = torch.finfo(x.dtype).min / 2
+        x.masked_fill_(beyond, floor)
+        y.masked_fill_(beyond, floor)
+    return x, y, P, Q
 
 
 def m_kl(x: Tensor, y: Tensor, P: Tensor, T: Tensor) -> Tensor:

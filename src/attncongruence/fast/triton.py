@@ -22,7 +22,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 from triton.language import constexpr
 
-from attncongruence.fast.triton_tiles import INTERPRETED, LN2, LOG2E, NONE, product, rounded, settings, tile
+from attncongruence.fast.triton_tiles import INTERPRETED, LN2, LOG2E, NONE, here, product, rounded, settings, tile
 
 Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -58,12 +58,8 @@ def _statistics(A, B, C, D, lengths, factors, statistics, heads, n, scale,
                 WIDTH: constexpr, PADDED: constexpr, ROWS: constexpr, COLUMNS: constexpr,
                 PRECISION: constexpr):  # fmt: skip
     """`(maps, 4, n)`: log-sum-exp of x and of y, mu and nu (with d centred), of ROWS rows of a map."""
-    index = tl.program_id(0) // tl.cdiv(n, ROWS)
-    start = tl.program_id(0) % tl.cdiv(n, ROWS) * ROWS
-    own = start + tl.arange(0, ROWS)
+    index, matrix, count, start, own = here(lengths, heads, n, WIDTH, ROWS)
     other = tl.arange(0, COLUMNS)
-    count = tl.load(lengths + index // heads).to(tl.int32)
-    matrix = index.to(tl.int64) * n * WIDTH
     B += matrix
     D += matrix
     a = tile(A + matrix, own, count, WIDTH, PADDED, True)
@@ -143,12 +139,8 @@ def _gradients(OWN_1, OWN_2, OTHER_1, OTHER_2, lengths, factors, statistics, out
                BY_ROW: constexpr, WIDTH: constexpr, PADDED: constexpr, OWN: constexpr, OTHER: constexpr,
                PRECISION: constexpr):  # fmt: skip
     """dA and dC of OWN rows from all columns (BY_ROW), or dB and dD of OWN columns from all rows."""
-    index = tl.program_id(0) // tl.cdiv(n, OWN)
-    start = tl.program_id(0) % tl.cdiv(n, OWN) * OWN
-    own = start + tl.arange(0, OWN)
+    index, matrix, count, start, own = here(lengths, heads, n, WIDTH, OWN)
     other = tl.arange(0, OTHER)
-    count = tl.load(lengths + index // heads).to(tl.int32)
-    matrix = index.to(tl.int64) * n * WIDTH
     OTHER_1 += matrix
     OTHER_2 += matrix
     own_1 = tile(OWN_1 + matrix, own, count, WIDTH, PADDED, True)

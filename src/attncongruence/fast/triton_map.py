@@ -15,7 +15,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 from triton.language import constexpr
 
-from attncongruence.fast.triton_tiles import LN2, LOG2E, NONE, product, settings, tile
+from attncongruence.fast.triton_tiles import LN2, LOG2E, NONE, here, product, settings, tile
 
 
 @triton.jit
@@ -35,11 +35,7 @@ def _logsumexp_kernel(Q, K, lengths, out, heads, n, scale,
                       WIDTH: constexpr, PADDED: constexpr, ROWS: constexpr, COLUMNS: constexpr,
                       PRECISION: constexpr):  # fmt: skip
     """`(batch, heads, n)`: ROWS rows of one head."""
-    index = tl.program_id(0) // tl.cdiv(n, ROWS)
-    start = tl.program_id(0) % tl.cdiv(n, ROWS) * ROWS
-    own = start + tl.arange(0, ROWS)
-    count = tl.load(lengths + index // heads).to(tl.int32)
-    matrix = index.to(tl.int64) * n * WIDTH
+    index, matrix, count, start, own = here(lengths, heads, n, WIDTH, ROWS)
     K += matrix
     q = tile(Q + matrix, own, count, WIDTH, PADDED, True)
     factor = scale * LOG2E

@@ -45,6 +45,15 @@ def rounded(x, like):
 
 
 @triton.jit
+def here(lengths, heads, n, WIDTH: constexpr, ROWS: constexpr):
+    """Which map a program is at, where that begins, how many rows are a sample's own; and which ROWS are its task."""
+    index = tl.program_id(0) // tl.cdiv(n, ROWS)
+    start = tl.program_id(0) % tl.cdiv(n, ROWS) * ROWS
+    count = tl.load(lengths + index // heads).to(tl.int32)
+    return index, index.to(tl.int64) * n * WIDTH, count, start, start + tl.arange(0, ROWS)
+
+
+@triton.jit
 def product(a, b, PRECISION: constexpr):
     """`a @ b` in float32."""
     if INTERPRETED:
