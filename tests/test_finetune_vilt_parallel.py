@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from examples import finetune_vilt
+from examples.run_folder import last_checkpoint
 from tests.finetuning import column, command, make_tiny, same, weights
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +58,7 @@ def test_two_processes_killed_and_started_again(tmp_path: Path) -> None:
     whole, again = (command(tiny, folders[name], *changes, "1") for name in ("whole", "killed"))
     with torchrun(whole, logs["whole"]) as uninterrupted:
         with torchrun(again, logs["killed"]) as killed:
-            while not (folders["killed"] / "checkpoint-5/trainer_state.json").exists():
+            while last_checkpoint(folders["killed"], processes=2) is None:
                 assert killed.poll() is None, logs["killed"].read_text()
                 time.sleep(0.01)
             killed.send_signal(signal.SIGTERM)

@@ -29,11 +29,12 @@ class Tiny(nn.Module):
 def test_regularize(data):
     draw, model = data.draw, Tiny()
     batch, length = draw(st.integers(1, 3)), draw(st.integers(1, 5))
-    n_text = draw(st.sampled_from([0, 1, 5, -1, "1", 1.0, None]))
-    weight = draw(st.sampled_from([0.5, 0, math.nan, -1, "1", lambda step: 0.5]))
-    indices = [torch.tensor([0]), torch.tensor([5]), torch.zeros(0, dtype=torch.long)]
-    masks = [torch.ones(batch, dtype=torch.bool), torch.zeros(batch, dtype=torch.bool), torch.ones(batch + 1).bool()]
-    positives = draw(st.sampled_from([None, *indices, *masks]))
+    odd = draw(st.sampled_from(["nothing"] * 4 + ["n_text", "weight", "positives"]))
+    n_text = draw(st.sampled_from([length + 1, -1, "1", 1.0, None]) if odd == "n_text" else st.integers(0, length))
+    weight = draw(st.sampled_from([math.nan, -1, "1"] if odd == "weight" else [0.5, 0, lambda step: 0.5]))
+    one, none, every = torch.tensor([0]), torch.zeros(0, dtype=torch.long), torch.ones(batch, dtype=torch.bool)
+    beyond = [one + batch, torch.ones(batch + 1, dtype=torch.bool), one.float()]
+    positives = draw(st.sampled_from(beyond if odd == "positives" else [None, one, none, every, ~every]))
     x = randn(batch, length, 4, dtype=torch.float32)
     plain = model(x)["loss"]
 
@@ -42,7 +43,7 @@ def test_regularize(data):
             loss = model(x)["loss"]
             return loss, regularizer.last
 
-    found = outcome("regularize", step)
+    found = outcome("regularize", step, valid=odd == "nothing")
     assert not soak.hooks(model)
     assert torch.equal(model(x)["loss"], plain)
     if found is not None:
