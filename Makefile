@@ -8,7 +8,7 @@ READY := .venv/.ready
 LOWEST := reference conventions equivalence divergence schedules layout blocks metrics losses streaming \
 	capture_hooks capture_product
 
-.PHONY: demo test lint types docs bench fuzz build lowest release-check clean
+.PHONY: demo test lint types docs bench fuzz soak build lowest release-check clean
 
 demo: $(READY)  ## train a tiny ViLT for some steps with and without the loss
 	$(BIN)/python -m examples.demo
@@ -33,6 +33,9 @@ bench: $(READY)  ## measure again, with DEVICE=cuda on a card: writes benchmarks
 
 fuzz: $(READY)  ## new random inputs for every function: writes benchmarks/results/fuzz-cpu.json
 	$(BIN)/python -m benchmarks.fuzz
+
+soak: $(READY)  ## 2,000 training steps, to see whether anything grows: writes benchmarks/results/soak-cpu.json
+	$(BIN)/python -m benchmarks.soak
 
 build: $(READY)  ## wheel and sdist in dist/
 	$(BIN)/python -m build

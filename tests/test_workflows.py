@@ -12,8 +12,9 @@ from packaging.version import Version
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MAKEFILE = (ROOT / "Makefile").read_text()
-CI, RELEASE = (yaml.safe_load((ROOT / f".github/workflows/{name}.yml").read_text()) for name in ("ci", "release"))
-STEPS = [step for workflow in (CI, RELEASE) for job in workflow["jobs"].values() for step in job["steps"]]
+WORKFLOWS = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / ".github/workflows").iterdir()}
+CI, RELEASE = WORKFLOWS["ci"], WORKFLOWS["release"]
+STEPS = [step for workflow in WORKFLOWS.values() for job in workflow["jobs"].values() for step in job["steps"]]
 
 
 def test_the_matrix_is_what_the_classifiers_say():
@@ -28,7 +29,7 @@ def test_every_command_is_a_target():
     wanted = [word for step in STEPS for word in re.findall(r"^make (.*)$", step.get("run", ""), re.MULTILINE)]
     named = {word for line in wanted for word in line.split() if "=" not in word}
     assert named <= targets
-    assert {"test", "lint", "types", "docs", "lowest", "release-check"} == named
+    assert {"test", "lint", "types", "docs", "fuzz", "soak", "lowest", "release-check"} == named
 
 
 def test_actions_are_pinned_to_a_major_version():
@@ -39,7 +40,8 @@ def test_actions_are_pinned_to_a_major_version():
 
 def test_only_the_publishing_job_may_publish():
     assert RELEASE[True] == {"push": {"tags": ["v*"]}}  # YAML 1.1 reads the word `on` as true
-    for workflow in (CI, RELEASE):
+    for file, workflow in WORKFLOWS.items():
+        assert file == workflow["name"]
         assert workflow["permissions"] == {"contents": "read"}
         for name, job in workflow["jobs"].items():
             assert job.get("permissions", {}) == ({"id-token": "write"} if name == "publish" else {})
