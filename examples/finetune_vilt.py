@@ -274,3 +274,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 if __name__ == "__main__":
     main()
+    if torch.distributed.is_initialized():
+        # Else gloo's threads, which hold tensors, now and then abort a process that exits (pytorch/pytorch#190489).
+        torch.distributed.destroy_process_group()
