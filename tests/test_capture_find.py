@@ -1,5 +1,7 @@
 """Which layers are meant: candidates, names, wildcards, modules, indices; and errors that say what to do."""
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -166,8 +168,21 @@ def test_cross_attention_with_as_many_queries_as_keys_is_not_the_last_self_atten
 
     model = Decoder()
     with capture_attention(model) as capture:
-        model(torch.arange(5)[None], torch.randn(1, 5, 4))
+        with pytest.warns(UserWarning, match="own was chosen by its number.* of the same length .cross.: it may hold"):
+            model(torch.arange(5)[None], torch.randn(1, 5, 4))
         assert capture.pop().layer == "own"
+
+
+@pytest.mark.parametrize("name", ["lxmert", "bridgetower", "blip_itm", "mllama"])
+def test_the_last_self_attention_of_two_streams_comes_with_a_warning(name):
+    model, inputs = CASES[name].build()
+    layers = [layer.path for layer in CASES[name].layers.values()]
+    with capture_attention(model), pytest.warns(UserWarning, match="text alone or image alone.*from_streams"):
+        run(model, inputs)
+    with warnings.catch_warnings(), capture_attention(model, layers) as named:
+        warnings.filterwarnings("error", ".*from_streams")
+        run(model, inputs)
+        assert named.pop_all()
 
 
 def test_windows_keep_their_own_batch():
@@ -187,7 +202,8 @@ def test_windows_keep_their_own_batch():
 def test_real_models_need_no_index_but_an_encoder_decoder_needs_a_name():
     model, inputs = CASES["florence2"].build()
     with capture_attention(model) as last, capture_attention(model, "*.encoder.layers.1.self_attn") as named:
-        run(model, inputs)
+        with pytest.warns(UserWarning, match=r"decoder.layers.1.self_attn was chosen .* name it, layers='...'"):
+            run(model, inputs)
         assert last.pop().layer == "model.language_model.decoder.layers.1.self_attn"
         assert named.pop().layer == "model.language_model.encoder.layers.1.self_attn"
 

@@ -466,6 +466,18 @@ def test_autocast_changes_nothing(name, convention):
 
 
 @every_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_backward_inside_autocast_rounds_at_most(name, convention, dtype):
+    q, k = queries_and_keys(torch.zeros(2, 2, 9, 9), dtype=torch.float32)
+    _, *expected = value_and_grads(lambda s: fast(name, s, 4, convention=convention, impl="streaming"), q, k)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = fast(name, QueryKey(q, k, 0.8), 4, convention=convention, impl="streaming")
+        ours = torch.autograd.grad(loss, (q, k))
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=4 * torch.finfo(dtype).eps * float(b.abs().max()))
+
+
+@every_case
 def test_vmap_and_grad_transforms(name, convention, small_tiles):
     q, k = (randn(3, 2, 2, 9, 4, seed=seed) for seed in (0, 1))
 

@@ -6,12 +6,13 @@ import functools
 import inspect
 import itertools
 import numbers
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 
 import torch
 from beartype import beartype
-from jaxtyping import jaxtyped
+from jaxtyping import TypeCheckError, jaxtyped
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -34,6 +35,29 @@ else:
     Direction = Reduction = Alignment = Impl = Loss = OneDirection = Values = str
 
 
+_SQUARE = (
+    "scores are square, (batch, heads, length, length), over the joint sequence of text and image. Cross-attention and "
+    "the maps of two streams are put together by AttentionBlocks.from_streams."
+)
+_ROLES = (
+    "the masks of a layout are bool and of one shape, (batch, length). TokenLayout.from_masks takes integers too, and "
+    "TokenLayout.from_segments one mask for each of two segments, (batch, n_text) and (batch, n_image)."
+)
+_BLOCKS = (
+    "rows are queries and columns keys: LL is (batch, heads, text, text), LV (.., text, image), VL (.., image, text), "
+    "VV (.., image, image)."
+)
+REMEDIES = {
+    "attention": _SQUARE,
+    "S": _SQUARE,
+    "mask": "a mask covers the joint sequence of text and image, (batch, length), bool or integer. One of the text "
+    "alone becomes a layout: n_text=TokenLayout.from_segments(text_mask, image_mask).",
+    **dict.fromkeys(("text", "image"), _ROLES),
+    **dict.fromkeys(("LL", "LV", "VL", "VV"), _BLOCKS),
+}
+"""What to do about a wrong shape or dtype, by the argument that has it."""
+
+
 def checked(function: Callable[P, T]) -> Callable[P, T]:
     """Check a function's jaxtyping shapes and dtypes at each call; wrong ones raise `jaxtyping.TypeCheckError`.
 
@@ -49,7 +73,13 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
         for name, value in itertools.chain(zip(parameters, args, strict=False), kwargs.items()):
             if isinstance(value, torch.Tensor):
                 _computable(name, value)
-        return strict(*args, **kwargs)
+        try:
+            return strict(*args, **kwargs)
+        except TypeCheckError as error:
+            wrong = re.search(r"parameter '(\w+)'", str(error))
+            if wrong is None or wrong[1] not in REMEDIES or REMEDIES[wrong[1]] in str(error):
+                raise
+            raise TypeCheckError(f"{error}\n{wrong[1]}: {REMEDIES[wrong[1]]}") from None
 
     return call
 

@@ -128,7 +128,9 @@ def streaming_or_not(
     """What the streaming form works on, where it can and should, or None; an error where it was asked for and can't."""
     why, query = None, attention.query if isinstance(attention, ScoreSource) else None
     if not isinstance(attention, ScoreSource):
-        why = f"it was given {'scores' if isinstance(attention, Tensor) else 'AttentionBlocks'}, not queries and keys"
+        why = "it was given scores, not queries and keys"
+        if isinstance(attention, AttentionBlocks):
+            why = "AttentionBlocks hold scores, not queries and keys, and two streams have no streaming form"
     elif query is None:
         why = "this layer's scores are not scale query key^T: its model adds a bias, caps or shifts them"
     elif impl == "auto" and not streaming.pays(query, (query.shape[-2], query.shape[-2]), convention):
@@ -141,9 +143,10 @@ def streaming_or_not(
         elif impl == "streaming" or streaming.pays(query, where.longest, convention):
             return source, where
     if impl == "streaming" and why is not None:
+        other = ", or pass a captured layer or QueryKey(query, key) without a mask of pairs"
         raise ValueError(
-            f"impl='streaming' can't be used here, {why}: use impl='auto', which then takes the dense form, or pass "
-            "a captured layer or QueryKey(query, key) without a mask of pairs"
+            f"impl='streaming' can't be used here, {why}: use impl='auto', which then takes the dense form"
+            + ("" if isinstance(attention, AttentionBlocks) else other)
         )
     return None
 

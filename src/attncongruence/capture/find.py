@@ -207,6 +207,11 @@ def self_attention(log: Log) -> list[tuple[str, int, Seen]]:
     found = []
     for name, seen in log:
         number = count[name] = count.get(name, -1) + 1
-        if seen.lengths[0] == seen.lengths[1] and not seen.cross:
+        if not crosses(seen):
             found.append((name, number, seen))
     return found
+
+
+def crosses(seen: Seen) -> bool:
+    """Whether queries and keys come from two sequences."""
+    return seen.cross or seen.lengths[0] != seen.lengths[1]

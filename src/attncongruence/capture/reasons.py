@@ -40,6 +40,16 @@ def index_out_of_range(indices: list[int], count: int, log: Log) -> str:
     )
 
 
+def two_streams(layer: str, crossed: list[str]) -> str:
+    """The chosen layer's own sequence also attended to another one."""
+    return (
+        f"{layer or 'the model itself'} was chosen by its number, and cross-attention ran on a sequence of the same "
+        f"length ({', '.join(list(dict.fromkeys(crossed))[-3:])}): it may hold text alone or image alone, and a loss "
+        "on it would mean nothing. Where text and image are two streams, name their four layers and use "
+        "AttentionBlocks.from_streams; where the layer does hold both, name it, layers='...', and this is not said."
+    )
+
+
 def nothing_seen(model: nn.Module) -> str:
     """The layers ran, and no attention was seen in them."""
     return (

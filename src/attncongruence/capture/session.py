@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from attncongruence.capture import reasons
-from attncongruence.capture.find import Finder, Log, select_modules, self_attention
+from attncongruence.capture.find import Finder, Log, crosses, select_modules, self_attention
 from attncongruence.capture.hooks import uncompiled_hook
 from attncongruence.capture.record import CapturedAttention
 from attncongruence.capture.seen import Seen
@@ -207,6 +207,9 @@ class AttentionCapture:
         except IndexError:
             self._trouble = reasons.index_out_of_range(self._indices, len(found), log)
             return
+        for name, _, seen in chosen:
+            if crossed := [other for other, s in log if crosses(s) and s.lengths[0] == seen.lengths[0]]:
+                warnings.warn(reasons.two_streams(name, crossed), stacklevel=2)
         self._records += [(self._pass.token, CapturedAttention(name, seen)) for name, _, seen in chosen]
         if self._finder is None:  # another thread was first
             return

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attncongruence._precision import at_least_float32
+from attncongruence._precision import at_least_float32, no_autocast
 from attncongruence.fast.ops import Batched, kernels, refuse_second_derivative
 from attncongruence.fast.tiles import Five, Target, Tiles, divergence, divergence_grad, groups
 
@@ -70,7 +70,8 @@ class MeanMap(Batched):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """The tiles once more."""
-        results = MeanMapGrad.apply(*ctx.saved_tensors, *grads, *ctx.options, ctx.needs_input_grad[2])
+        with no_autocast(grads[0].device):
+            results = MeanMapGrad.apply(*ctx.saved_tensors, *grads, *ctx.options, ctx.needs_input_grad[2])
         return *(d.to(x.dtype) for d, x in zip(results, ctx.saved_tensors[:5], strict=True)), None, None, None, None
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,15 @@ Where = int | Tensor | TokenLayout
 Layout = TokenLayout | Callable[..., Where]
 PickPositives = Positives | Callable[[Batch], Positives]
 PickMask = str | Callable[[Batch], Tensor]
+
+
+def ask(name: str, function: Callable[..., Any], batch: Batch, **more: CapturedAttention) -> Any:
+    """What a function of the batch returns; a KeyError of it is told what the batch holds."""
+    try:
+        return function(batch, **more)
+    except KeyError as error:
+        error.add_note(f"in regularize(..., {name}=): the batch, what the model was called with, has {sorted(batch)}")
+        raise
 
 
 @dataclass(frozen=True)
@@ -47,8 +58,8 @@ class Term:
         where = self._where(batch, records[0])
         mask: Tensor | None = None
         if self.mask is not None:
-            mask = self.mask(batch) if callable(self.mask) else entry(batch, self.mask, "mask")
-        positives = self.positives(batch) if callable(self.positives) else self.positives
+            mask = ask("mask", self.mask, batch) if callable(self.mask) else entry(batch, self.mask, "mask")
+        positives = ask("positives", self.positives, batch) if callable(self.positives) else self.positives
         losses = [self._of_layer(record, where, mask, positives) for record in records]
         # (1 / layers) sum of the layers' losses
         return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
@@ -61,7 +72,13 @@ class Term:
             return self.layout
         # By name, so that a default argument of a lambda is never taken for it.
         wants_record = "captured" in signature(self.layout).parameters
-        return self.layout(batch, captured=first) if wants_record else self.layout(batch)
+        where = ask("layout", self.layout, batch, **({"captured": first} if wants_record else {}))
+        if not isinstance(where, numbers.Integral | Tensor | TokenLayout):
+            raise TypeError(
+                f"layout(batch) returned a {type(where).__name__}: it must return a TokenLayout, an int or a (batch,) "
+                "tensor of boundaries"
+            )
+        return where  # type: ignore[return-value]  # any integral number will do
 
     def _of_layer(
         self, record: CapturedAttention, where: Where, mask: Tensor | None, positives: Positives | None
