@@ -1,5 +1,6 @@
 """The losses: the released codes' numbers, hand values, properties, gradients, extremes, half precision, compile."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -334,6 +335,40 @@ def test_causal_decoders_have_a_language_side_only():
                 loss(S, image_first, mask=causal, direction=direction)
     with pytest.raises(ValueError, match="no pair of LV may attend"):
         cacr_loss(S, 3, mask=causal, direction="language")
+
+
+@pytest.mark.parametrize("name", ["cacr", "singular"])
+@pytest.mark.parametrize("convention", ["RELEASED", "WEIGHTED_MEAN"])
+@pytest.mark.parametrize("kind", ["all", "causal", "some"])
+def test_what_is_added_to_a_row_of_scores_changes_attention_and_loss_by_nothing(name, convention, kind):
+    S, shift = randn(3, 2, 9, 9), 30 * randn(3, 2, 9, 1, seed=1)
+    some = torch.rand(3, 2, 9, 9, generator=torch.Generator().manual_seed(2)) < 0.7
+    mask = {"all": None, "causal": torch.ones(3, 9, 9, dtype=torch.bool).tril(), "some": some}[kind]
+    layout = TokenLayout.from_n_text(4, 9)
+    image_first = TokenLayout(layout.image, layout.text)
+
+    def loss(S):
+        return fast(name, S, image_first, mask=mask, convention=convention, direction="language", reduction="none")
+
+    assert loss(S).min() > 1e-4
+    assert_close(loss(S + shift), loss(S), 1e-10)
+
+
+def test_weighted_mean_of_the_pairs_that_may_attend_by_hand():
+    # Two image tokens, the first of which does not see the second, then three text tokens.
+    S = torch.zeros(1, 5, 5, dtype=torch.float64)
+    S[0, 3, 0], S[0, 1, 0] = math.log(3), math.log(4)
+    text = torch.arange(5)[None] >= 2
+    E, a, b = [(0.5, 0.5), (0.75, 0.25), (0.5, 0.5)], math.log(4 / 5), math.log(1 / 5)
+    # log sigma(VV) = 0, -, a, b; the weights of the three pairs are divided by their sum
+    R = [[(v * x * a + v * y * b) / (u * x + v * x + v * y) for x, y in E] for u, v in E]
+    lower = torch.ones(3, 3, dtype=torch.bool).tril()
+    expected = symmetric_kl(torch.tensor([R], dtype=torch.float64), torch.zeros(1, 3, 3).double(), lower).mean()
+    causal = torch.ones(1, 5, 5, dtype=torch.bool).tril()
+    for loss in (cacr_loss, soft_equivalence_loop):
+        ours = loss(S, TokenLayout(text, ~text), mask=causal, convention=WEIGHTED_MEAN, direction="language")
+        assert_close(ours, expected, 1e-12)
+    assert expected > 1e-3
 
 
 # ---------------------------------------------------------------- half precision, autocast, compilation

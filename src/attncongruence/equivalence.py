@@ -1,4 +1,4 @@
-"""From blocks to maps, and E: which image tokens stand for each text token (DESIGN: one formula for all).
+"""From blocks to maps, and E: which image tokens stand for each text token. `docs/mathematics.md`, "A change of basis".
 
 Everything here is written for the language side. The vision side is the same on `blocks.swap()`.
 """
@@ -84,6 +84,26 @@ def project(E: Tensor, VV: Tensor) -> Tensor:
     return E @ VV @ E.mT
 
 
+def project_weighted(E: Tensor, VV: Tensor, masks: Masks) -> tuple[Tensor, Tensor | None]:
+    """`project` of raw scores by weights, where some pairs of VV may not attend: the weighted mean of those that may.
+
+    Attention leaves open what is added to a whole row of scores. Here too: each score is taken less the log-sum-exp of
+    its row, which without disallowed pairs would cancel.
+
+    Returns:
+        R, `(batch, heads, N, N)`, and which of its entries count: those with any weight on pairs that may attend.
+    """
+    if masks.VV is None:
+        return project(E, VV), masks.LL
+    floor = torch.finfo(VV.dtype).min / 2
+    log_map = fill(fill(VV, masks.VV, floor).log_softmax(-1), masks.VV, 0.0)
+    # R[i, j] = sum_kp E[i, k] E[j, p] log sigma(VV)[k, p] / sum_kp E[i, k] E[j, p], over the pairs (k, p) allowed
+    weight = project(E, masks.VV.to(E.dtype))
+    some = weight > 0
+    R = fill(project(E, log_map), some, 0.0) / fill(weight, some, 1.0)
+    return R, some if masks.LL is None else masks.LL & some
+
+
 def project_singular(LV: Tensor, VV: Tensor, masks: Masks) -> tuple[Tensor, Tensor | None]:
     """`project` for E = one_hot(argmax LV), by a gather: IAIS's singular alignment.
 
@@ -98,8 +118,9 @@ def project_singular(LV: Tensor, VV: Tensor, masks: Masks) -> tuple[Tensor, Tens
 
     # R[i, j] = VV[argmax_k LV[i, k], argmax_p LV[j, p]]
     R, counted = pick(VV), masks.LL
-    if masks.LL is not None and masks.LV is not None and masks.VV is not None:
+    if masks.LL is not None and masks.VV is not None:
         counted = masks.LL & pick(masks.VV.expand(*R.shape[:2], *VV.shape[-2:]))
+    if masks.LV is not None:
         best = fill(best, masks.LV.any(-1), 0.0)
     # A NaN in LV has no argmax, and one in VV may stand where nothing is picked: neither may pass unseen.
     nan_or_0 = 0 * best[..., None] + 0 * VV.detach().amax((-2, -1), keepdim=True)

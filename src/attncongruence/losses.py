@@ -9,7 +9,7 @@ from attncongruence._typing import Alignment, Direction, Factor, Impl, Reduction
 from attncongruence.blocks import Attention, NText
 from attncongruence.conventions import RELEASED, Convention
 from attncongruence.divergence import symmetric_kl, there_and_back
-from attncongruence.equivalence import Masks, equivalence, fill, project, project_singular
+from attncongruence.equivalence import Masks, equivalence, fill, project, project_singular, project_weighted
 from attncongruence.locate import Mask
 from attncongruence.quadrants import Quadrants
 from attncongruence.sides import Compared, Side, check_options, loss_of
@@ -77,8 +77,12 @@ def cacr_side(convention: Convention) -> Side:
     """CACR's language side."""
 
     def soft(maps: Quadrants[Tensor], target: Tensor, masks: Masks) -> Compared:
+        E = equivalence(maps.LV, masks.LV, convention)
         # m-KL(sigma(E VV E^T), sigma(LL))
-        return Compared(project(equivalence(maps.LV, masks.LV, convention), maps.VV), target, masks.LL)
+        if convention.blocks == "scores" and convention.equivalence == "softmax":
+            R, counted = project_weighted(E, maps.VV, masks)
+            return Compared(R, target, counted)
+        return Compared(project(E, maps.VV), target, masks.LL)
 
     return Side("cacr", soft, symmetric_kl, convention, log_target=not convention.target_softmax)
 

@@ -44,11 +44,21 @@ def soft_equivalence_loop(
         if convention.equivalence == "softmax":
             E = _each_row(E / convention.temperature, pairs["LV"])
         E = E.detach() if convention.detach_equivalence else E
-        VV = maps["VV"]
-        N = range(E.shape[0])
-        # R[i, j] = sum_kp E[i, k] E[j, p] VV[k, p]
-        R = [[(E[i][:, None] * E[j][None, :] * VV).sum() for j in N] for i in N]
-        return [_m_kl(torch.stack(R[i]), maps["LL"][i], pairs["LL"][i], convention.target_softmax) for i in N]
+        VV, losses = maps["VV"], []
+        mean = convention.blocks == "scores" and convention.equivalence == "softmax" and not pairs["VV"].all()
+        for i in range(E.shape[0]):
+            R, counted = [], []
+            for j in range(E.shape[0]):
+                weights = E[i][:, None] * E[j][None, :]
+                counted.append(pairs["LL"][i, j])
+                if mean:  # over the pairs that may attend, less each row's log-sum-exp over them
+                    weights = torch.where(pairs["VV"], weights, 0.0)
+                    counted[-1] = counted[-1] & (weights.sum() > 0)
+                    weights = weights / weights.sum() if counted[-1] else weights
+                # R[i, j] = sum_kp E[i, k] E[j, p] VV[k, p]
+                R.append((weights * (_log_each_row(VV, pairs["VV"]) if mean else VV)).sum())
+            losses.append(_m_kl(torch.stack(R), maps["LL"][i], torch.stack(counted), convention.target_softmax))
+        return losses
 
     return _loop(attention, n_text, mask, convention, direction, reduction, impl, rows)
 
@@ -189,6 +199,15 @@ def _each_row(block: Tensor, pairs: Tensor) -> Tensor:
     for i in range(block.shape[0]):
         if pairs[i].any():
             result[i, pairs[i]] = block[i, pairs[i]].softmax(-1)
+    return result
+
+
+def _log_each_row(block: Tensor, pairs: Tensor) -> Tensor:
+    """Logarithm of `_each_row` over the pairs that may attend; 0 at the others."""
+    result = torch.zeros_like(block)
+    for i in range(block.shape[0]):
+        if pairs[i].any():
+            result[i, pairs[i]] = block[i, pairs[i]].log_softmax(-1)
     return result
 
 

@@ -68,7 +68,9 @@ class Side:
         if self.convention.heads == "mean_map":
             masks = Quadrants(*(None if mask is None else mask.any(1, keepdim=True) for mask in masks))
         counted = without_unmatched(masks)
-        return self.compare(maps, target, masks._replace(LL=counted)), counted
+        # Where tokens alone are left out, what stands in VV for their pairs has no weight.
+        pairs = None if blocks.allowed is None else masks.VV
+        return self.compare(maps, target, masks._replace(LL=counted, VV=pairs)), counted
 
 
 def distributions(blocks: AttentionBlocks, side: Side, direction: Direction) -> Compared:
