@@ -1,10 +1,22 @@
-"""Wrong shapes and dtypes: the error ends with what to do."""
+"""Errors and warnings say what to do: those that new users met first."""
+
+import warnings
 
 import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from attncongruence import AttentionBlocks, CACRLoss, TokenLayout, cacr_loss, regularize, split_attention
+from attncongruence import (
+    WEIGHTED_MEAN,
+    AttentionBlocks,
+    CACRLoss,
+    QueryKey,
+    TokenLayout,
+    cacr_loss,
+    capture_attention,
+    regularize,
+    split_attention,
+)
 from attncongruence._typing import REMEDIES
 from tests.problems import randn
 from tests.test_robustness_training import Tiny
@@ -62,3 +74,69 @@ def test_a_layout_function_that_returns_something_else(came):
         model(randn(2, 5, 4, dtype=torch.float32))
     returned = f"layout(batch) returned a {type(came).__name__}: it must return a TokenLayout, an int or a (batch,)"
     assert str(raised.value).startswith(returned)
+
+
+def test_a_mask_of_the_text_alone_beside_a_captured_layer():
+    model, x = Tiny(), randn(2, 9, 4, dtype=torch.float32)
+    with capture_attention(model) as capture:
+        model(x)
+        captured = capture.pop()
+    q, k = captured.query, captured.key
+    for attention, impl in ((captured, "auto"), (captured, "streaming"), (QueryKey(q, k), "streaming")):
+        with pytest.raises((ValueError, TypeCheckError), match=r"becomes a layout: n_text=TokenLayout\.from_segments"):
+            cacr_loss(attention, 5, mask=torch.ones(2, 5, dtype=torch.bool), impl=impl)
+    for shape in ((3, 9), (2, 3, 9, 9)):
+        with pytest.raises(ValueError, match=r"the mask has shape .* batch 2, heads 1, length 9"):
+            cacr_loss(QueryKey(q, k), 5, mask=torch.ones(shape, dtype=torch.bool), impl="streaming")
+
+
+def test_what_was_taken_is_not_there_again():
+    model, x = Tiny(), randn(2, 9, 4, dtype=torch.float32)
+    for layers in (-1, ""):
+        with capture_attention(model, layers) as capture:
+            model(x)
+            capture.pop()
+            with pytest.raises(RuntimeError, match="taken before, and the model has not run since"):
+                capture.pop()
+            with torch.no_grad():
+                model(x)
+            with pytest.raises(RuntimeError, match="ran with gradients off"):
+                capture.pop()
+            model(x)
+            assert capture.pop().lengths == (9, 9)
+
+
+def test_no_text_or_no_image_is_said_once_in_a_training_step():
+    model, x = Tiny(), randn(2, 5, 4, dtype=torch.float32)
+    nothing = TokenLayout.from_input_ids(torch.ones(2, 5, dtype=torch.long), 7)
+    for where, found in (
+        (5, "5 text tokens and 0 image"),
+        (0, "0 text tokens and 5"),
+        (nothing, "5 text tokens and 0"),
+    ):
+        with regularize(model, CACRLoss(), layout=lambda batch, where=where: where) as regularizer:
+            with pytest.warns(UserWarning, match=f"{found}.* exactly 0") as said:
+                model(x)
+            assert len(said) == 1
+            assert regularizer.last.congruence == 0
+
+
+def test_the_same_loss_twice_on_one_model():
+    model = Tiny()
+    with regularize(model, CACRLoss(), 2), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with regularize(model, CACRLoss(WEIGHTED_MEAN), 2), regularize(Tiny(), CACRLoss(), 2):
+            pass  # another loss, another model
+        with pytest.raises(UserWarning, match=r"Tiny is regularised with CACRLoss.* already.*close\(\) the first"):
+            regularize(model, CACRLoss(), 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        regularize(model, CACRLoss(), 2).close()
+
+
+def test_a_wrong_layout_of_a_decoder_is_named_as_a_cause():
+    causal = torch.ones(2, 9, 9, dtype=torch.bool).tril()
+    with pytest.raises(
+        ValueError, match=r"no pair of LV may attend.* n_text or the layout is wrong: where does the image"
+    ):
+        cacr_loss(S, 5, mask=causal, direction="language")

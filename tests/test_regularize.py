@@ -866,3 +866,30 @@ def test_repr_says_what_and_how_far():
     with regularize(Model(), CACRLoss(direction="language"), n_text=TEXT) as regularizer:
         assert repr(regularizer).startswith("Regularizer(Model, CACRLoss(direction='language'")
         assert repr(regularizer).endswith("step=0)")
+
+
+def test_a_layer_that_runs_several_times_is_laid_out_each_time():
+    class Twice(nn.Module):
+        """Two images, one after the other, as for NLVR2: the second pass is longer."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = Attention()
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"loss": self.attention(x[:, :6]).square().mean() + self.attention(x).square().mean()}
+
+    model, x, asked = Twice(), torch.randn(3, LENGTH, 16), []
+
+    def layout(batch, captured):
+        asked.append(captured.lengths[0])
+        return captured.lengths[0] - 3
+
+    with regularize(model, CACRLoss(), layout=layout, layers="attention") as regularizer:
+        model(x)
+        with capture_attention(model, "attention") as capture:
+            model(x)
+            first, second = capture.pop_all()
+    assert asked == [6, LENGTH] * 2
+    expected = (cacr_loss(first, 3) + cacr_loss(second, LENGTH - 3)) / 2
+    torch.testing.assert_close(regularizer.last.congruence, expected)

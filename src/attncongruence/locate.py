@@ -37,6 +37,8 @@ def locate(x: Tensor, n_text: Count | Integer[Tensor, " batch"] | TokenLayout, m
     batch, length = x.shape[0], x.shape[-2]
     held = n_text.text if isinstance(n_text, TokenLayout) else n_text
     same_device(S=x, mask=mask, n_text=held if isinstance(held, Tensor) else None)
+    if mask is not None:
+        _fits(mask, [batch, x.shape[1] if x.dim() == 4 else 0, length, length])
     tokens, pairs = _tokens_and_pairs(mask, length)
     if not isinstance(n_text, Tensor | TokenLayout):
         check_boundary(n_text, length)
@@ -62,7 +64,20 @@ def joined(allowed: Tensor | None, mask: Tensor | None) -> Tensor | None:
     """A layer's own pairs and the caller's mask: an entry counts where both say so."""
     if allowed is None or mask is None:
         return mask if allowed is None else allowed
+    _fits(mask, [size if size > 1 else 0 for size in allowed.shape])
     return allowed & four_d(mask)
+
+
+def _fits(mask: Tensor, shape: list[int]) -> None:
+    """A ValueError unless a mask can be spread over `(batch, heads, length, length)`; 0: any size will do."""
+    if any(size and own not in (1, size) for own, size in zip(four_d(mask).shape, shape, strict=True)):
+        batch, heads, _, length = (size or "any" for size in shape)
+        raise ValueError(
+            f"the mask has shape {tuple(mask.shape)}, and the attention batch {batch}, heads {heads}, length {length}: "
+            "a mask covers text and image, (batch, length). A captured layer carries the padding that the model was "
+            "given: leave the mask out. One of the text alone becomes a layout: "
+            "n_text=TokenLayout.from_segments(text_mask, image_mask)"
+        )
 
 
 def _tokens_and_pairs(mask: Tensor | None, length: int) -> tuple[Tensor | None, Tensor | None]:

@@ -204,7 +204,10 @@ def prepare(
         some = torch.stack([both, *(getattr(masks, name).any() for name in cross)]).tolist()
         for name, seen in zip(cross, some[1:], strict=True):
             if some[0] and not seen:
-                raise ValueError(f"no pair of {name} may attend, as in causal decoders: {_REMEDY[name]}")
+                raise ValueError(
+                    f"no pair of {name} may attend, as in causal decoders: {_REMEDY[name]}. If that is not so in this "
+                    "model, n_text or the layout is wrong: where does the image stand?"
+                )
     return blocks, masks
 
 

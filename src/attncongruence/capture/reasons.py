@@ -61,6 +61,11 @@ def nothing_seen(model: nn.Module) -> str:
     )
 
 
+TAKEN = (
+    "its record was taken before, and the model has not run since. Each forward pass is taken once: keep what pop() "
+    "returned, and pass it on."
+)
+
 CLOSED = "this capture is closed. Make a new one with capture_attention(model)."
 
 MANY_WAIT = (

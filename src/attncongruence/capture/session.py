@@ -72,7 +72,7 @@ class AttentionCapture:
         self._pass = _Pass()
         self._passes = self._passes_without_grad = 0
         self._trouble = ""
-        self._closed = self._warned = False
+        self._closed = self._warned = self._popped = False
         self._handles: list[Any] = []
         indices, others = _sorted_choice(layers)
         self._indices = indices
@@ -118,6 +118,9 @@ class AttentionCapture:
             self._pass.count = {}
         if not records:
             raise RuntimeError(f"nothing was captured: {self._why_nothing()}")
+        self._popped, self._passes, self._passes_without_grad = True, 0, 0
+        for watch in self._watches:
+            watch.entered = watch.skipped_without_grad = False
         for record in records:
             if not (self.analysis or record.requires_grad):
                 raise RuntimeError(f"{record.layer} {reasons.FROZEN}")
@@ -225,6 +228,8 @@ class AttentionCapture:
             return reasons.CLOSED
         entered = any(watch.entered for watch in self._watches)
         skipped = any(watch.skipped_without_grad for watch in self._watches)
+        if not self._passes and not entered and self._popped:
+            return reasons.TAKEN
         if not self._passes and not entered:
             return reasons.never_ran(self.model)
         if skipped or self._passes_without_grad == self._passes:

@@ -104,8 +104,10 @@ class Watch:
         self.drop_stale()
         self.compiled.take()
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         """Before forward: switches the mode on."""
+        if kwargs is None:  # the model itself is watched, and its own hook has just taken this one off
+            return
         if torch.compiler.is_compiling():
             # Reading `closed` makes it a guard: after close() the model is compiled again, without us.
             if not self.closed and (self.analysis or not gradients_off()):

@@ -52,6 +52,17 @@ WHOLE_CHECKPOINTED = (
     "that was added to it. Checkpoint its layers instead (gradient_checkpointing_enable() in transformers)."
 )
 
+NOTHING_TO_COMPARE = (
+    "no sample of this batch has both text and image: at most {} text tokens and {} image tokens were found, so the "
+    "congruence loss is exactly 0. For a batch of text alone that is right. If there were images, look at n_text, or "
+    "at the id of the image's placeholder."
+)
+
+TWICE = (
+    "{} is regularised with {} already, and both are added from now on. If a cell or a script was run again, close() "
+    "the first: regularizer.close(), or build the model anew."
+)
+
 NOT_COPIED = (
     "a Regularizer is hooks on one model in one process and can be neither copied nor pickled. Call regularize on the "
     "copy, or in the process that trains; take state_dict() along for the step."

@@ -53,7 +53,7 @@ def regularize(
         n_text: number of text tokens, which come first. Or else:
         layout: a `TokenLayout`, or a function of the batch that returns one, an int, or a `(batch,)` tensor. The batch
             is a mapping: what the model was called with, by parameter name. A function with a parameter `captured`
-            gets the first captured layer in it, as `token_layout` wants it.
+            is called for each captured layer, with that, as `token_layout` wants it.
         layers: as in `capture_attention`; the losses of several layers are averaged.
         weight: lambda, a number >= 0 or a schedule, step -> weight.
         positives: which samples count: a `(batch,)` bool mask, indices, or a function of the batch; None: all. Leave
@@ -120,6 +120,9 @@ class Regularizer:
                     f"weight={weight!r} must be >= 0 and finite, or a schedule such as exponential_warmup(5000)"
                 )
         self.model = unwrapped(model)
+        for other in listeners.all:
+            if isinstance(other, Regularizer) and other.model is self.model and other.loss_name == str(term.loss):
+                warnings.warn(reasons.TWICE.format(type(self.model).__name__, term.loss), stacklevel=4)
         self.last: LossParts | None = None
         self.step = 0
         self.micro_batches: int | None = None
@@ -161,6 +164,11 @@ class Regularizer:
         if self._forwards:
             self.step += 1
         self._forwards = 0
+
+    @property
+    def loss_name(self) -> str:
+        """What is added, for messages."""
+        return str(self._term.loss)
 
     def state_dict(self) -> dict[str, int]:
         """The step, for a checkpoint."""

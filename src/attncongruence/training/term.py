@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
@@ -14,6 +15,7 @@ from torch import Tensor
 from attncongruence.capture import CapturedAttention
 from attncongruence.layout import TokenLayout
 from attncongruence.training.outputs import Batch, Positives, entry, samples
+from attncongruence.training.reasons import NOTHING_TO_COMPARE
 
 Loss = Callable[..., Tensor]
 """Called as `loss(captured, n_text)` or `loss(captured, n_text, mask=mask)`; returns one number."""
@@ -55,30 +57,41 @@ class Term:
 
     def __call__(self, batch: Batch, records: list[CapturedAttention]) -> Tensor:
         """The mean of the layers' losses, a scalar in nats."""
-        where = self._where(batch, records[0])
         mask: Tensor | None = None
         if self.mask is not None:
             mask = ask("mask", self.mask, batch) if callable(self.mask) else entry(batch, self.mask, "mask")
         positives = ask("positives", self.positives, batch) if callable(self.positives) else self.positives
-        losses = [self._of_layer(record, where, mask, positives) for record in records]
+        if self._wants_record:  # a model that runs its layers several times puts the tokens in other places each time
+            each = [self._where(batch, record) for record in records]
+        else:
+            each = [self._where(batch, records[0])] * len(records)
+        losses = [self._of_layer(*pair, mask, positives) for pair in zip(records, each, strict=True)]
         # (1 / layers) sum of the layers' losses
         return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
-    def _where(self, batch: Batch, first: CapturedAttention) -> Where:
-        if self.layout is None:
-            assert self.n_text is not None
-            return self.n_text
-        if not callable(self.layout):
-            return self.layout
+    @property
+    def _wants_record(self) -> bool:
         # By name, so that a default argument of a lambda is never taken for it.
-        wants_record = "captured" in signature(self.layout).parameters
-        where = ask("layout", self.layout, batch, **({"captured": first} if wants_record else {}))
+        return callable(self.layout) and "captured" in signature(self.layout).parameters
+
+    def _where(self, batch: Batch, record: CapturedAttention) -> Where:
+        where: Where | Layout | None = self.n_text if self.layout is None else self.layout
+        if callable(where):
+            where = ask("layout", where, batch, **({"captured": record} if self._wants_record else {}))
         if not isinstance(where, numbers.Integral | Tensor | TokenLayout):
             raise TypeError(
                 f"layout(batch) returned a {type(where).__name__}: it must return a TokenLayout, an int or a (batch,) "
                 "tensor of boundaries"
             )
-        return where  # type: ignore[return-value]  # any integral number will do
+        if isinstance(where, TokenLayout):
+            found = where.extent.max_text, where.extent.max_image
+        elif isinstance(where, Tensor):
+            return where  # its values are the device's
+        else:
+            found = int(where), record.lengths[0] - int(where)
+        if 0 in found:
+            warnings.warn(NOTHING_TO_COMPARE.format(*found), stacklevel=2)
+        return where
 
     def _of_layer(
         self, record: CapturedAttention, where: Where, mask: Tensor | None, positives: Positives | None
