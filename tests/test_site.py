@@ -1,5 +1,6 @@
 """The documentation site: it builds without a warning, asks nothing of other hosts and leaves nothing out."""
 
+import html
 import importlib
 import importlib.util
 import inspect
@@ -91,6 +92,22 @@ def test_links_that_leave_docs_lead_to_the_file_itself(site):
         assert f'files/{target}"' in page_of(site, page).read_text(), (page.name, target)
     # The README's place on the site is the home page.
     assert 'href="../">README' in page_of(site, ROOT / "docs/training.md").read_text()
+
+
+def test_names_of_the_code_lead_to_their_lines(site):
+    page = page_of(site, ROOT / "docs/paper-map.md")
+    links = re.findall(r'<a href="\.\./source/([^"]+)/#__codelineno-0-(\d+)"><code>([^<]+)</code>', page.read_text())
+    rows = (ROOT / "docs/paper-map.md").read_text()
+    names = re.findall(r"`([\w/]+\.py(?:::[\w.]+)?|test_\w+)`", rows)
+    assert len(names) > 60
+    assert [html.unescape(name) for _, _, name in links] == names
+    for path, line, name in links:
+        last = re.split(r"::|\.(?!py$)", html.unescape(name))[-1]
+        source = (ROOT / path).read_text().splitlines()
+        assert last.endswith(".py") or re.match(rf"\s*(def|class) {last}\b|{last}\b", source[int(line) - 1]), name
+        shown = html.unescape(re.sub("<.*?>", "", (site / "source" / path / "index.html").read_text()))
+        assert source[int(line) - 1] in shown
+        assert f'id="__codelineno-0-{line}"' in (site / "source" / path / "index.html").read_text()
 
 
 @pytest.mark.parametrize("source", PAGES, ids=lambda page: page.name)

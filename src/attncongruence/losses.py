@@ -47,10 +47,12 @@ def cacr_loss(
             mask of pairs; or `"auto"`: streaming where it can and pays (`docs/performance.md`), else dense.
 
     Returns:
-        The loss in nats, >= 0: a scalar, or `(batch,)` for `"none"`. A sample without text or without image is
-        exactly 0 and passes no gradient. Computed in float32 for half precision, also under autocast (call backward
-        outside of it, as PyTorch advises: inside, autocast rounds the gradient). Padding and boundaries cost no wait
-        for the device, a boundary for each sample costs one, a mask of pairs two.
+        The loss in nats, >= 0: a scalar, or `(batch,)` for `"none"`. A sample without text or without image is exactly
+        0, passes no gradient and is not counted in the mean; one whose pairs none may attend is 0 and counted. Pairs
+        that may not attend are left out of softmaxes, sums and weighted means (`docs/mathematics.md`). Computed in
+        float32 for half precision, also under autocast (call backward outside of it, as PyTorch advises: inside,
+        autocast rounds the gradient). Padding and boundaries cost no wait for the device, a boundary for each sample
+        costs one, a mask of pairs two.
 
     Raises:
         jaxtyping.TypeCheckError: scores not square or not floating point, masks or n_text of another shape or dtype.
