@@ -13,6 +13,7 @@ On disk, the two formats as they are published:
 import json
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,26 +92,8 @@ def rank_batch(processor: ViltProcessor, text_length: int) -> Callable[[Sequence
     processed once, however many pairs it is part of. All rankings of a batch must have as many queries and candidates.
     """
 
-    def collate(rankings: Sequence[Ranking]) -> dict[str, Tensor]:
-        captions = [caption for ranking in rankings for caption in ranking.captions]
-        pictures = [_open(path) for ranking in rankings for path in ranking.pictures]
-        options: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": text_length}
-        text = processor.tokenizer(captions, return_tensors="pt", **options)
-        image = processor.image_processor(pictures, return_tensors="pt")
-
-        of_caption, of_picture = [], []
-        first_caption = first_picture = 0
-        for ranking in rankings:
-            for caption, picture in product(range(len(ranking.captions)), range(len(ranking.pictures))):
-                of_caption.append(first_caption + caption)
-                of_picture.append(first_picture + picture)
-            first_caption += len(ranking.captions)
-            first_picture += len(ranking.pictures)
-        batch = {name: values[of_caption] for name, values in text.items()}
-        batch |= {name: values[of_picture] for name, values in image.items()}
-        return batch | {"labels": torch.tensor([ranking.right for ranking in rankings])}
-
-    return collate
+    # Not a closure: a worker is sent it by pickle wherever processes are not forked, as on Python 3.14.
+    return partial(_rank_batch, processor, text_length)
 
 
 def read_flickr(captions: Path, images: Path, split: str = "train") -> list[Picture]:
@@ -164,6 +147,26 @@ def read_winoground(folder: Path) -> list[Ranking]:
         raise ValueError(f"{path} is empty: it must have an example on each line")
     _all_there([picture for example in examples for picture in example.pictures], path)
     return examples
+
+
+def _rank_batch(processor: ViltProcessor, text_length: int, rankings: Sequence[Ranking]) -> dict[str, Tensor]:
+    captions = [caption for ranking in rankings for caption in ranking.captions]
+    pictures = [_open(path) for ranking in rankings for path in ranking.pictures]
+    options: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": text_length}
+    text = processor.tokenizer(captions, return_tensors="pt", **options)
+    image = processor.image_processor(pictures, return_tensors="pt")
+
+    of_caption, of_picture = [], []
+    first_caption = first_picture = 0
+    for ranking in rankings:
+        for caption, picture in product(range(len(ranking.captions)), range(len(ranking.pictures))):
+            of_caption.append(first_caption + caption)
+            of_picture.append(first_picture + picture)
+        first_caption += len(ranking.captions)
+        first_picture += len(ranking.pictures)
+    batch = {name: values[of_caption] for name, values in text.items()}
+    batch |= {name: values[of_picture] for name, values in image.items()}
+    return batch | {"labels": torch.tensor([ranking.right for ranking in rankings])}
 
 
 def _text_of(path: Path) -> str:
