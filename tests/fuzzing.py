@@ -98,7 +98,7 @@ class Scores:
     pairs: bool
     """Whether the mask says more than which tokens are real."""
     values: str
-    """"tame", "huge", "nan" (at a real pair) or "inf"; padding may hold anything."""
+    """"tame", "huge", "nan" (at a real pair of a sample with text and image) or "inf"; padding may hold anything."""
 
 
 @st.composite
@@ -146,7 +146,7 @@ def scores(draw: st.DrawFn) -> Scores:
     counts = used[:, None] if allowed is None else used[:, None] & allowed
     counts = (counts.any(1) if len(shape) == 3 else counts).expand(shape)
     if values in ("nan", "inf"):
-        at = counts.nonzero()
+        at = (counts & (text.any(1) & image.any(1)).view(-1, *[1] * (len(shape) - 1))).nonzero()
         if len(at):
             S[tuple(at[draw(st.integers(0, len(at) - 1))])] = float(values)
         else:

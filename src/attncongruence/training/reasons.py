@@ -53,9 +53,8 @@ WHOLE_CHECKPOINTED = (
 )
 
 NOTHING_TO_COMPARE = (
-    "no sample of this batch has both text and image: at most {} text tokens and {} image tokens were found, so the "
-    "congruence loss is exactly 0. For a batch of text alone that is right. If there were images, look at n_text, or "
-    "at the id of the image's placeholder."
+    "no {} token was found in a batch, so its congruence loss is exactly 0. That is right where there was none. If "
+    "there was, look at n_text, or at the id of the image's placeholder."
 )
 
 TWICE = (

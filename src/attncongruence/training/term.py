@@ -84,13 +84,13 @@ class Term:
                 "tensor of boundaries"
             )
         if isinstance(where, TokenLayout):
-            found = where.extent.max_text, where.extent.max_image
+            text, image = where.extent.max_text, where.extent.max_image
         elif isinstance(where, Tensor):
             return where  # its values are the device's
         else:
-            found = int(where), record.lengths[0] - int(where)
-        if 0 in found:
-            warnings.warn(NOTHING_TO_COMPARE.format(*found), stacklevel=2)
+            text, image = int(where), record.lengths[0] - int(where)
+        if 0 in (text, image):
+            warnings.warn(NOTHING_TO_COMPARE.format("image" if text else "text"), stacklevel=2)
         return where
 
     def _of_layer(
