@@ -634,7 +634,7 @@ class Biased(QueryKey):
     ("attention", "n_text", "mask", "message"),
     [
         (QueryKey(Q, K).scores, 4, None, "it was given scores, not queries and keys"),
-        (split_attention(QueryKey(Q, K).scores, 4), None, None, "it was given AttentionBlocks"),
+        (split_attention(QueryKey(Q, K).scores, 4), None, None, "AttentionBlocks hold scores, not queries and keys"),
         (AttentionBlocks.from_streams(LL=Q @ K.mT, LV=Q @ K.mT, VV=Q @ K.mT), None, None, "AttentionBlocks"),
         (Biased(Q, K), 4, None, r"scores are not scale query key\^T"),
         (QueryKey(Q, K), 4, CAUSAL, r"which pairs may attend .*impl='auto'"),
