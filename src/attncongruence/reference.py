@@ -44,19 +44,21 @@ def soft_equivalence_loop(
         if convention.equivalence == "softmax":
             E = _each_row(E / convention.temperature, pairs["LV"])
         E = E.detach() if convention.detach_equivalence else E
-        VV, losses = maps["VV"], []
+        losses = []
+        # A weighted mean of the pairs that may attend, of scores less their row's log-sum-exp
         mean = convention.blocks == "scores" and convention.equivalence == "softmax" and not pairs["VV"].all()
+        VV = _log_each_row(maps["VV"], pairs["VV"]) if mean else maps["VV"]
         for i in range(E.shape[0]):
             R, counted = [], []
             for j in range(E.shape[0]):
                 weights = E[i][:, None] * E[j][None, :]
                 counted.append(pairs["LL"][i, j])
-                if mean:  # over the pairs that may attend, less each row's log-sum-exp over them
+                if mean:
                     weights = torch.where(pairs["VV"], weights, 0.0)
                     counted[-1] = counted[-1] & (weights.sum() > 0)
                     weights = weights / weights.sum() if counted[-1] else weights
                 # R[i, j] = sum_kp E[i, k] E[j, p] VV[k, p]
-                R.append((weights * (_log_each_row(VV, pairs["VV"]) if mean else VV)).sum())
+                R.append((weights * VV).sum())
             losses.append(_m_kl(torch.stack(R), maps["LL"][i], torch.stack(counted), convention.target_softmax))
         return losses
 
