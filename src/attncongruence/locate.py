@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Integer
 from torch import Tensor
 
-from attncongruence._typing import Count, same_device
+from attncongruence._typing import REMEDIES, Count, same_device
 from attncongruence.layout import Stretch, TokenLayout, Tokens, check_boundary
 
 Pairs = Bool[Tensor, "#batch #heads #length #length"] | Bool[Tensor, "batch length length"]
@@ -74,9 +74,7 @@ def _fits(mask: Tensor, shape: list[int]) -> None:
         batch, heads, _, length = (size or "any" for size in shape)
         raise ValueError(
             f"the mask has shape {tuple(mask.shape)}, and the attention batch {batch}, heads {heads}, length {length}: "
-            "a mask covers text and image, (batch, length). A captured layer carries the padding that the model was "
-            "given: leave the mask out. One of the text alone becomes a layout: "
-            "n_text=TokenLayout.from_segments(text_mask, image_mask)"
+            f"{REMEDIES['mask']} A captured layer carries the padding that the model was given: leave the mask out."
         )
 
 

@@ -47,7 +47,7 @@ def soft_equivalence_loop(
         losses = []
         # A weighted mean of the pairs that may attend, of scores less their row's log-sum-exp
         mean = convention.blocks == "scores" and convention.equivalence == "softmax" and not pairs["VV"].all()
-        VV = _log_each_row(maps["VV"], pairs["VV"]) if mean else maps["VV"]
+        VV = _each_row(maps["VV"], pairs["VV"], torch.log_softmax) if mean else maps["VV"]
         for i in range(E.shape[0]):
             R, counted = [], []
             for j in range(E.shape[0]):
@@ -195,21 +195,12 @@ def _map(block: Tensor, pairs: Tensor, convention: Convention) -> Tensor:
     return torch.where(pairs, block, 0.0)
 
 
-def _each_row(block: Tensor, pairs: Tensor) -> Tensor:
-    """Softmax of each row over the pairs that may attend; 0 at the others."""
+def _each_row(block: Tensor, pairs: Tensor, softmax: Callable[[Tensor, int], Tensor] = torch.softmax) -> Tensor:
+    """Softmax, or its logarithm, of each row over the pairs that may attend; 0 at the others."""
     result = torch.zeros_like(block)
     for i in range(block.shape[0]):
         if pairs[i].any():
-            result[i, pairs[i]] = block[i, pairs[i]].softmax(-1)
-    return result
-
-
-def _log_each_row(block: Tensor, pairs: Tensor) -> Tensor:
-    """Logarithm of `_each_row` over the pairs that may attend; 0 at the others."""
-    result = torch.zeros_like(block)
-    for i in range(block.shape[0]):
-        if pairs[i].any():
-            result[i, pairs[i]] = block[i, pairs[i]].log_softmax(-1)
+            result[i, pairs[i]] = softmax(block[i, pairs[i]], -1)
     return result
 
 

@@ -120,13 +120,12 @@ class Regularizer:
                     f"weight={weight!r} must be >= 0 and finite, or a schedule such as exponential_warmup(5000)"
                 )
         self.model = unwrapped(model)
-        for other in listeners.all:
-            if isinstance(other, Regularizer) and other.model is self.model and other.loss_name == str(term.loss):
-                warnings.warn(reasons.TWICE.format(type(self.model).__name__, term.loss), stacklevel=4)
+        self._term, self._weight = term, weight
+        if any(str(other._term.loss) == str(term.loss) for other in _open_on({self.model})):
+            warnings.warn(reasons.TWICE.format(type(self.model).__name__, term.loss), stacklevel=4)
         self.last: LossParts | None = None
         self.step = 0
         self.micro_batches: int | None = None
-        self._term, self._weight = term, weight
         self._forwards = 0  # regularised ones since the last optimiser step
         self._ran = self._ran_in_eval = self._checked_resume = False
         in_step = callable(getattr(self.model, "training_step", None))
@@ -164,11 +163,6 @@ class Regularizer:
         if self._forwards:
             self.step += 1
         self._forwards = 0
-
-    @property
-    def loss_name(self) -> str:
-        """What is added, for messages."""
-        return str(self._term.loss)
 
     def state_dict(self) -> dict[str, int]:
         """The step, for a checkpoint."""
@@ -241,14 +235,17 @@ class Regularizer:
         return with_loss(output, main + (weight * share * congruence).to(main))
 
 
+def _open_on(modules: set[nn.Module]) -> list[Regularizer]:
+    return [open for open in listeners.all if isinstance(open, Regularizer) and open.model in modules]
+
+
 def the_regularizer(model: nn.Module) -> Regularizer:
     """The open regularizer of a model or of one of its parts, for callbacks.
 
     Raises:
         ValueError: there is none, or there are several.
     """
-    modules = set(model.modules())
-    found = [open for open in listeners.all if isinstance(open, Regularizer) and open.model in modules]
+    found = _open_on(set(model.modules()))
     if len(found) != 1:
         raise ValueError(
             f"{type(model).__name__} has {len(found)} open regularizers, and the callback goes with one: call "

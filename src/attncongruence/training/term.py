@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
 import warnings
 from collections.abc import Callable
@@ -69,7 +70,7 @@ class Term:
         # (1 / layers) sum of the layers' losses
         return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
-    @property
+    @functools.cached_property
     def _wants_record(self) -> bool:
         # By name, so that a default argument of a lambda is never taken for it.
         return callable(self.layout) and "captured" in signature(self.layout).parameters
