@@ -1,4 +1,4 @@
-"""The losses: the released codes' numbers, hand values, properties, gradients, extremes, half precision, compile."""
+"""The losses: the released codes' numbers, hand values, properties, gradients, extremes, half precision."""
 
 import math
 from dataclasses import replace
@@ -8,7 +8,6 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-import torch._dynamo.testing
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
@@ -413,57 +412,6 @@ def test_autocast_from_a_matrix_product():
         loss = cacr_loss(S, 4)
     assert loss.dtype == torch.float32
     assert_close(loss, cacr_loss(S.float(), 4), 1e-7)
-
-
-@every_case
-def test_compiles_without_a_break(name, convention):
-    torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda S, n, mask: fast(name, S, n, mask=mask, convention=convention), fullgraph=True, backend="aot_eager"
-    )
-    layout = make_problem("interleaved", 4, seed=1)
-    masked = make_problem("int", 4, seed=1)
-    ragged = make_problem("ragged", 4, seed=1)
-    for S, n, mask in (
-        (masked.S, 4, None),
-        (masked.S, 4, masked.mask),
-        (ragged.S, ragged.n_text, ragged.mask),
-        (layout.S, layout.n_text, None),
-    ):
-        expected, wanted = value_and_grad(lambda S, n=n, m=mask: fast(name, S, n, mask=m, convention=convention), S)
-        value, grad = value_and_grad(lambda S, n=n, m=mask: compiled(S, n, m), S)
-        assert_close(value, expected, 1e-12)
-        assert_close(grad, wanted, 1e-12)
-
-
-@pytest.mark.parametrize("kind", ["int", "ragged", "interleaved"])
-@pytest.mark.parametrize("name", ["cacr", "singular", "distributed"])
-def test_compiles_once_for_many_shapes(name, kind):
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda S, n: fast(name, S, n), fullgraph=True, dynamic=True, backend=counter)
-    for seed, (batch, n, m) in enumerate(((2, 4, 5), (3, 6, 7), (5, 3, 9), (4, 8, 8), (6, 5, 12))):
-        problem = make_problem(kind, 4, seed=2 * seed, batch=batch, n=n, m=m)
-        expected, wanted = value_and_grad(lambda S, n=problem.n_text: fast(name, S, n), problem.S)
-        value, grad = value_and_grad(compiled, problem.S, problem.n_text)
-        assert_close(value, expected, 1e-12)
-        assert_close(grad, wanted, 1e-12)
-    assert counter.frame_count <= 2
-
-
-def test_compiles_with_inductor():
-    torch._dynamo.reset()
-    S = randn(2, 2, 9, 9, dtype=torch.float32)
-    expected, wanted = value_and_grad(cacr_loss, S, 4, convention=WEIGHTED_MEAN)
-    value, grad = value_and_grad(torch.compile(cacr_loss, fullgraph=True), S, 4, convention=WEIGHTED_MEAN)
-    assert_close(value, expected, 1e-5)
-    assert_close(grad, wanted, 1e-5)
-
-
-def test_vmap():
-    S = randn(3, 2, 2, 9, 9)
-    each = torch.stack([cacr_loss(part, 4) for part in S])
-    assert_close(torch.func.vmap(lambda part: cacr_loss(part, 4))(S), each, 1e-12)
 
 
 # ---------------------------------------------------------------- modules, rejects

@@ -432,7 +432,7 @@ def test_single_precision_errs_no_more_than_dense(name, convention):
     assert ours <= 2 * dense + 1e-6 * exact.norm()
 
 
-# ---------------------------------------------------------------- autograd, autocast, transforms, compilation
+# ---------------------------------------------------------------- autograd, autocast
 
 
 @every_case
@@ -475,70 +475,6 @@ def test_backward_inside_autocast_rounds_at_most(name, convention, dtype):
         ours = torch.autograd.grad(loss, (q, k))
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=4 * torch.finfo(dtype).eps * float(b.abs().max()))
-
-
-@every_case
-def test_vmap_and_grad_transforms(name, convention, small_tiles):
-    q, k = (randn(3, 2, 2, 9, 4, seed=seed) for seed in (0, 1))
-
-    def loss(q, k):
-        return fast(name, QueryKey(q, k), 4, convention=convention, impl="streaming")
-
-    each = torch.stack([loss(*pair) for pair in zip(q, k, strict=True)])
-    assert_close(torch.func.vmap(loss)(q, k), each, 1e-12)
-    assert_close(torch.func.vmap(loss, (0, None))(q, k[0]), torch.stack([loss(x, k[0]) for x in q]), 1e-12)
-    grads = torch.func.vmap(torch.func.grad(loss))(q, k)
-    for x, y, ours in zip(q, k, grads, strict=True):
-        x = x.clone().requires_grad_()
-        assert_close(ours, torch.autograd.grad(loss(x, y), x)[0], 1e-12)
-
-
-@pytest.mark.parametrize(
-    ("name", "convention", "kind"),
-    [(*case, kind) for case, kind in zip(CASES, itertools.cycle(["interleaved", "int", "ragged"]), strict=False)],
-)
-def test_compiles_without_a_break(name, convention, kind):
-    torch._dynamo.reset()
-    problem = make_problem(kind, 4, seed=1)
-    q, k = queries_and_keys(problem.S)
-
-    def loss(source):
-        return fast(name, source, problem.n_text, mask=problem.mask, convention=convention, impl="streaming")
-
-    compiled = torch.compile(lambda q, k: loss(QueryKey(q, k, 0.8)), fullgraph=True, backend="aot_eager")
-    value = compiled(q, k)
-    for a, b in zip((value, *torch.autograd.grad(value, (q, k))), value_and_grads(loss, q, k), strict=True):
-        assert_close(a, b, 1e-12)
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_compiles_once_for_many_shapes(name):
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(
-        lambda q, k: fast(name, QueryKey(q, k, 0.8), 4, impl="streaming"), fullgraph=True, dynamic=True, backend=counter
-    )
-    for batch, length in ((5, 9), (7, 12), (6, 17), (8, 14)):
-        q, k = queries_and_keys(torch.zeros(batch, 2, length, length))
-        expected = value_and_grads(lambda s: fast(name, s, 4, impl="streaming"), q, k)
-        value = compiled(q, k)
-        for a, b in zip((value, *torch.autograd.grad(value, (q, k))), expected, strict=True):
-            assert_close(a, b, 1e-12)
-    assert counter.frame_count <= 2
-
-
-def test_compiles_with_inductor():
-    torch._dynamo.reset()
-    q, k = queries_and_keys(torch.zeros(2, 2, 9, 9), dtype=torch.float32)
-    for convention in (RELEASED, WEIGHTED_MEAN):
-        loss = torch.compile(
-            lambda q, k, c=convention: cacr_loss_qk(q, k, 4, convention=c, impl="streaming"), fullgraph=True
-        )(q, k)
-        expected = cacr_loss_qk(q, k, 4, convention=convention, impl="dense")
-        wanted = torch.autograd.grad(expected, (q, k))
-        assert_close(loss, expected, 1e-5)
-        for a, b in zip(torch.autograd.grad(loss, (q, k)), wanted, strict=True):
-            assert_close(a, b, 1e-5)
 
 
 # ---------------------------------------------------------------- from a model; which form is taken
@@ -610,14 +546,6 @@ def test_auto_pays_where_the_map_leaves_the_cache(monkeypatch):
         assert streaming.pays(query, longest, WEIGHTED_MEAN) == raw
         assert streaming.pays(query, longest, RELEASED) == probabilities
         assert streaming.pays(query.half(), longest, WEIGHTED_MEAN) == raw  # the map is float32 then, too
-
-
-def test_auto_compiles(monkeypatch):
-    torch._dynamo.reset()
-    q, k = queries_and_keys(torch.zeros(1, 1, 300, 300))
-    set_tiles(monkeypatch, 10**4)
-    compiled = torch.compile(lambda q, k: cacr_loss_qk(q, k, 20), fullgraph=True, backend="aot_eager")
-    assert_close(compiled(q, k), cacr_loss_qk(q, k, 20, impl="dense"), 1e-12)
 
 
 CAUSAL = torch.ones(1, 9, 9, dtype=torch.bool).tril()

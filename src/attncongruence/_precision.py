@@ -15,7 +15,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Autocast would run matrix products in half precision."""
-    if torch.amp.is_autocast_available(device.type):
+    # A compiled graph cannot ask what is available; all that is compiled for has autocast.
+    if torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 

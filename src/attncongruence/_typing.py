@@ -14,6 +14,8 @@ import torch
 from beartype import beartype
 from jaxtyping import TypeCheckError, jaxtyped
 
+from attncongruence._compat import mapped
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -100,6 +102,11 @@ def values_of(**tensors: torch.Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise ValueError(f"{name} is on the meta device and has a shape but no values: pass a tensor that has")
+
+
+def readable(*tensors: torch.Tensor) -> bool:
+    """Whether the host may read these values: not while `torch.compile` traces, under `vmap`, or on the meta device."""
+    return not torch.compiler.is_compiling() and not any(x.is_meta or mapped(x) for x in tensors)
 
 
 def real(name: str, value: object) -> None:

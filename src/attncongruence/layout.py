@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Integer
 from torch import Tensor
 
-from attncongruence._typing import Count, checked, same_device
+from attncongruence._typing import Count, checked, readable, same_device
 
 Tokens = Bool[Tensor, "batch length"] | Integer[Tensor, "batch length"]
 """A mask of positions as tokenizers give it: bool, or int with 0 for padding."""
@@ -210,8 +210,8 @@ def _where(name: str, ids: Tensor, wanted: int) -> Tensor:
 def _measure(text: Tensor, image: Tensor, boundary: Tensor | None = None) -> Extent:
     """Extent of two masks, and the checks on their values, in one synchronisation."""
     length = text.shape[1]
-    # A compiled graph cannot wait for a number: there every block keeps the full length.
-    if torch.compiler.is_compiling() or text.is_meta:
+    # Where values cannot be read, every block keeps the full length.
+    if not readable(text, image, *(() if boundary is None else (boundary,))):
         return Extent(length, length, None)
     ends = [] if boundary is None or not boundary.numel() else [boundary.min(), boundary.max()]
     found = [(text & image).sum(), *_reach(text), *_reach(image)] if text.numel() else []

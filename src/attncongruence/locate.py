@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Integer
 from torch import Tensor
 
-from attncongruence._typing import REMEDIES, Count, same_device
+from attncongruence._typing import REMEDIES, Count, readable, same_device
 from attncongruence.layout import Stretch, TokenLayout, Tokens, check_boundary
 
 Pairs = Bool[Tensor, "#batch #heads #length #length"] | Bool[Tensor, "batch length length"]
@@ -40,7 +40,7 @@ def locate(x: Tensor, n_text: Count | Integer[Tensor, " batch"] | TokenLayout, m
     if mask is not None:
         _fits(mask, [batch, x.shape[1] if x.dim() == 4 else 0, length, length])
     tokens, pairs = _tokens_and_pairs(mask, length)
-    if not isinstance(n_text, Tensor | TokenLayout):
+    if not isinstance(n_text, (Tensor, TokenLayout)):
         check_boundary(n_text, length)
         real = torch.ones((), dtype=torch.bool, device=x.device) if tokens is None else tokens
         real = real.expand(batch, length)
@@ -94,7 +94,7 @@ def _differ(pairs: Tensor) -> bool:
     """
     if all(pairs.shape[dim] == 1 or pairs.stride(dim) == 0 for dim in (1, 2)):
         return False
-    if torch.compiler.is_compiling() or pairs.is_meta:
+    if not readable(pairs):
         return True
     return bool((pairs != pairs[:, :1, :1]).any())
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attncongruence._precision import no_autocast, zeros
-from attncongruence._typing import Direction, Impl, Reduction, checked, one_of
+from attncongruence._typing import Direction, Impl, Reduction, checked, one_of, readable
 from attncongruence.blocks import Attention, AttentionBlocks, NText, as_blocks
 from attncongruence.conventions import Convention
 from attncongruence.equivalence import Masks, attention_map, entries, fill, log_attention_map, without_unmatched
@@ -31,7 +31,7 @@ class Compared(NamedTuple):
     """Which entries are compared, broadcastable; None: all."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Side:
     """What is particular to one loss, on the language side; the vision side is the same on swapped blocks."""
 
@@ -70,7 +70,7 @@ class Side:
         counted = without_unmatched(masks)
         # Where tokens alone are left out, what stands in VV for their pairs has no weight.
         pairs = None if blocks.allowed is None else masks.VV
-        return self.compare(maps, target, masks._replace(LL=counted, VV=pairs)), counted
+        return self.compare(maps, target, Quadrants(counted, masks.LV, masks.VL, pairs)), counted
 
 
 def distributions(blocks: AttentionBlocks, side: Side, direction: Direction) -> Compared:
@@ -199,7 +199,7 @@ def prepare(
         )
     masks = entries(blocks)
     # Whether a decoder hides a whole block is known to its masks alone: one wait for the device, for pair masks only.
-    if blocks.allowed is not None and not torch.compiler.is_compiling() and not blocks.LL.is_meta:
+    if blocks.allowed is not None and readable(blocks.LL, *blocks.allowed):
         both = (blocks.text_mask.any(-1) & blocks.image_mask.any(-1)).any()
         some = torch.stack([both, *(getattr(masks, name).any() for name in cross)]).tolist()
         for name, seen in zip(cross, some[1:], strict=True):

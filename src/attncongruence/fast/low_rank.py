@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attncongruence._compat import mapped
 from attncongruence._precision import at_least_float32
-from attncongruence.fast.ops import Batched, kernels, wants_grad
+from attncongruence.fast.ops import batched, differentiable, kernels, wants_grad
 from attncongruence.fast.tiles import Tiles, groups, m_kl, m_kl_grad
 
 Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -30,36 +31,8 @@ def low_rank_kl(A: Tensor, B: Tensor, C: Tensor, D: Tensor, lengths: Tensor, sca
     Returns:
         `(batch, heads)`, in nats.
     """
-    loss: Tensor = LowRankKL.apply(A, B, C, D, lengths, scale, wants_grad(A, B, C, D))[0]
+    loss: Tensor = _low_rank_kl(A, B, C, D, lengths, scale, wants_grad(A, B, C, D))[0]
     return loss
-
-
-class LowRankKL(Batched):
-    """`low_rank_kl` to autograd: each head's gradient comes along with its loss, and backward only weights it."""
-
-    tensors = 5
-
-    @staticmethod
-    def forward(A: Tensor, B: Tensor, C: Tensor, D: Tensor, lengths: Tensor, scale: float, with_grad: bool) -> Five:
-        """Loss and, if wanted, its gradients."""
-        results: Five = _tiled(A, B, C, D, lengths, scale, with_grad)
-        return results
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Five) -> None:
-        """Keep the gradients."""
-        ctx.save_for_backward(*output[1:])
-        ctx.dtypes = [x.dtype for x in inputs[:4]]
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """One weight for each head and sample."""
-        if grads[0] is None:
-            return (None,) * 7
-        weight = grads[0][..., None, None]
-        return *((weight * d).to(own) for d, own in zip(ctx.saved_tensors, ctx.dtypes, strict=True)), None, None, None
 
 
 @torch.library.custom_op(
@@ -105,3 +78,24 @@ def _(A: Tensor, B: Tensor, C: Tensor, D: Tensor, lengths: Tensor, scale: float,
     work = at_least_float32(A)
     dA, dB, dC, dD = (work.new_empty(x.shape if with_grad else (0,)) for x in (A, B, C, D))
     return work.new_empty(A.shape[:2]), dA, dB, dC, dD
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Five) -> None:
+    """Each head's gradient came along with its loss."""
+    ctx.save_for_backward(*output[1:])
+    ctx.dtypes = [x.dtype for x in inputs[:4]]
+    ctx.mark_non_differentiable(*output[1:])
+    # No zeros for the outputs that have no gradient; the vmap of PyTorch 2.6 wants them.
+    ctx.set_materialize_grads(mapped(output[0]))
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """One weight for each head and sample."""
+    if grads[0] is None:
+        return (None,) * 7
+    weight = grads[0][..., None, None]
+    return *((weight * d).to(own) for d, own in zip(ctx.saved_tensors, ctx.dtypes, strict=True)), None, None, None
+
+
+batched(_tiled, tensors=5)
+_low_rank_kl = differentiable(_tiled, _setup_context, _backward)

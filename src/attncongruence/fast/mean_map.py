@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attncongruence._compat import log_softmax_grad, softmax_grad
 from attncongruence._precision import at_least_float32, no_autocast
-from attncongruence.fast.ops import Batched, kernels, refuse_second_derivative
+from attncongruence.fast.ops import batched, differentiable, kernels
 from attncongruence.fast.tiles import Five, Target, Tiles, divergence, divergence_grad, groups
 
 
@@ -46,54 +47,8 @@ def mean_map(
     if E is None and F is None:
         return nothing, nothing.sum((1, 2))
     E, F, G = (nothing if x is None else x for x in (E, F, G))
-    R, loss = MeanMap.apply(q, k, E, F, G, lengths, scale, target, epsilon)
+    R, loss = _mean_map(q, k, E, F, G, lengths, scale, target, epsilon)
     return R, loss
-
-
-class MeanMap(Batched):
-    """`mean_map` to autograd."""
-
-    tensors = 6
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        """Projection and divergence."""
-        results: tuple[Tensor, Tensor] = _forward(*inputs)
-        return results
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        """Keep what the tiles are made of."""
-        ctx.save_for_backward(*inputs[:6])
-        ctx.options = inputs[6:]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """The tiles once more."""
-        with no_autocast(grads[0].device):
-            results = MeanMapGrad.apply(*ctx.saved_tensors, *grads, *ctx.options, ctx.needs_input_grad[2])
-        return *(d.to(x.dtype) for d, x in zip(results, ctx.saved_tensors[:5], strict=True)), None, None, None, None
-
-
-class MeanMapGrad(Batched):
-    """The backward pass of `MeanMap`, a function of its own so that `vmap` can map it."""
-
-    tensors = 8
-
-    @staticmethod
-    def forward(*inputs: Any) -> Five:
-        """Gradients of q, k, E, F, G."""
-        results: Five = _backward(*inputs)
-        return results
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Five) -> None:
-        """Nothing is kept."""
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Refused."""
-        refuse_second_derivative()
 
 
 class Rows:
@@ -136,9 +91,9 @@ class Rows:
             if self.log:
                 # d log P_h = d log T * P_h / (heads T); then the softmax, as a log-softmax
                 torch.sub(own, T, out=x).exp_().mul_(dT)
-                ds = torch.ops.aten._log_softmax_backward_data(x, own, -1, x.dtype)
+                ds = log_softmax_grad(x, own)
             else:
-                ds = torch.ops.aten._softmax_backward_data.out(dT, own, -1, x.dtype, grad_input=x)
+                ds = softmax_grad(dT, own, out=x)
             torch.baddbmm(
                 dq[head, maps, rows], ds, self.k[head, maps], beta=0, alpha=self.scale, out=dq[head, maps, rows]
             )
@@ -248,3 +203,22 @@ def _backward(
 def _(q: Tensor, k: Tensor, E: Tensor, F: Tensor, G: Tensor, *rest: Any) -> Five:
     dq, dk, dE, dF, dG = (F.new_empty(x.shape) for x in (q, k, E, F, G))
     return dq, dk, dE, dF, dG
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep what the tiles are made of."""
+    ctx.save_for_backward(*inputs[:6])
+    ctx.options = inputs[6:]
+
+
+def _tiles_again(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    """The tiles once more, without a graph of their own: `first_derivative_only` refuses the second derivative."""
+    inputs = [x.detach() for x in (*ctx.saved_tensors, *grads)]
+    with no_autocast(grads[0].device):
+        results = _backward(*inputs, *ctx.options, ctx.needs_input_grad[2])
+    return *(d.to(x.dtype) for d, x in zip(results, ctx.saved_tensors[:5], strict=True)), None, None, None, None
+
+
+batched(_forward, tensors=6)
+batched(_backward, tensors=8)
+_mean_map = differentiable(_forward, _setup_context, _tiles_again)

@@ -2,34 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from attncongruence._compat import mapped
 
-class Batched(Function):
-    """A function whose first `tensors` arguments and all of whose results have the batch in front."""
 
-    tensors: int
+def batched(op: Any, tensors: int) -> None:
+    """Teach `torch.func.vmap` an operator: the mapped dimension is folded into the batch.
 
-    @classmethod
-    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        """The mapped dimension is folded into the batch."""
+    Args:
+        op: of `torch.library.custom_op`; all its results are batched.
+        tensors: how many of its arguments, the first ones, are batched.
+    """
+
+    def fold(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         size, folded = info.batch_size, []
-        for x, dim in zip(args[: cls.tensors], in_dims[: cls.tensors], strict=True):
+        for x, dim in zip(args[:tensors], in_dims[:tensors], strict=True):
             folded.append((x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1))
-        results = cls.apply(*folded, *args[cls.tensors :])
+        results = op(*folded, *args[tensors:])
+        if isinstance(results, Tensor):
+            return results.unflatten(0, (size, -1)), 0
         return tuple(x.unflatten(0, (size, x.shape[0] // size)) for x in results), (0,) * len(results)
 
+    op.register_vmap(fold)
 
-def refuse_second_derivative() -> NoReturn:
-    """What the backward of a backward pass does."""
-    raise RuntimeError(
-        "the streaming form has no second derivative (create_graph=True, gradient penalties, Hessians): "
-        "use impl='dense', which has"
-    )
+
+def differentiable(op: Any, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Give an operator its gradient, and return what calls it with one.
+
+    Under `torch.compile` it is the operator itself, with the formula registered. In eager mode it is an autograd
+    function of the same formula, since `torch.func.grad` knows no formulas of operators.
+    """
+    op.register_autograd(backward, setup_context=setup_context)
+    parts = {"forward": op.__call__, "setup_context": setup_context, "backward": backward}
+    methods = {name: staticmethod(part) for name, part in parts.items()}
+    eager = type("Differentiable", (Function,), {**methods, "generate_vmap_rule": True})
+
+    def call(*inputs: Any) -> Any:
+        return op(*inputs) if torch.compiler.is_compiling() else eager.apply(*inputs)  # type: ignore[attr-defined]
+
+    return call
 
 
 class Once(Function):
@@ -48,8 +65,11 @@ class Once(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Refused."""
-        refuse_second_derivative()
+        """What the backward of a backward pass does."""
+        raise RuntimeError(
+            "the streaming form has no second derivative (create_graph=True, gradient penalties, Hessians): "
+            "use impl='dense', which has"
+        )
 
 
 class FirstDerivativeOnly(Function):
@@ -80,8 +100,9 @@ def first_derivative_only(x: Tensor) -> Tensor:
 
 
 def wants_grad(*tensors: Tensor) -> bool:
-    """Whether a gradient may be asked for."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    """Whether a gradient may be asked for. A mapped tensor does not say, and a compiler does not say what is mapped."""
+    compiling = torch.compiler.is_compiling()
+    return torch.is_grad_enabled() and (compiling or any(x.requires_grad or mapped(x) for x in tensors))
 
 
 def kernels(*tensors: Tensor) -> bool:

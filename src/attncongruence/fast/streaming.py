@@ -7,7 +7,8 @@ Everything is written for the side of `own` tokens seen through `other` ones; te
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -20,7 +21,7 @@ from attncongruence.divergence import symmetric_kl, there_and_back
 from attncongruence.equivalence import attention_map, equivalence, fill, log_attention_map
 from attncongruence.fast.low_rank import low_rank_kl
 from attncongruence.fast.mean_map import mean_map
-from attncongruence.fast.ops import first_derivative_only, kernels
+from attncongruence.fast.ops import batched, first_derivative_only, kernels
 from attncongruence.fast.tiles import Target, cache_bytes
 from attncongruence.layout import Stretch
 from attncongruence.locate import Located
@@ -30,7 +31,8 @@ from attncongruence.sources import QueryKey
 Kind = Literal["cacr", "singular", "distributed"]
 
 
-class Tokens(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Tokens:
     """The queries and keys of one modality, each sample's own tokens in front."""
 
     q: Tensor
@@ -106,7 +108,7 @@ def _without_padding(x: Tokens) -> Tokens:
     if x.real is None:
         return x
     hidden = ~x.real[:, None, :, None]
-    return x._replace(q=x.q.masked_fill(hidden, 0.0), k=x.k.masked_fill(hidden, 0.0))
+    return Tokens(x.q.masked_fill(hidden, 0.0), x.k.masked_fill(hidden, 0.0), x.lengths, x.padded)
 
 
 _OTHER_WAY: dict[Direction, Direction] = {"language": "vision", "vision": "language", "both": "both"}
@@ -114,12 +116,12 @@ _OTHER_WAY: dict[Direction, Direction] = {"language": "vision", "vision": "langu
 
 def _side_by_side(x: Tokens) -> Tokens:
     q, k = (rearrange(t, "batch heads n width -> batch 1 n (heads width)") for t in (x.q, x.k))
-    return x._replace(q=q, k=k)
+    return Tokens(q, k, x.lengths, x.padded)
 
 
 def _heads_as_samples(x: Tokens) -> Tokens:
     q, k = (rearrange(t, "batch heads n width -> (batch heads) 1 n width") for t in (x.q, x.k))
-    return x._replace(q=q, k=k, lengths=x.lengths.repeat_interleave(x.q.shape[1], output_size=q.shape[0]))
+    return Tokens(q, k, x.lengths.repeat_interleave(x.q.shape[1], output_size=q.shape[0]), x.padded)
 
 
 def _each_row(loss: Tensor, own: Tokens, convention: Convention) -> Tensor:
@@ -160,15 +162,31 @@ def _pooled(own: Tokens, other: Tokens, scale: float, convention: Convention) ->
 
 def _picked(own: Tokens, other: Tokens, scale: float) -> tuple[Tensor, Tensor]:
     """E Q and E K for E = one_hot(argmax LV), by a gather."""
-    batch, heads, n, width = own.q.shape
-    step = max(1, cache_bytes(own.q.device) // (own.q.element_size() * max(batch * heads * other.q.shape[2], 1)))
-    with torch.no_grad():
-        parts = [
-            _best(_block(own._replace(q=own.q[:, :, start : start + step]), other, scale), other.real)
-            for start in range(0, n, step)
-        ]
-    index = torch.cat(parts, -1)[..., None].expand(-1, -1, -1, width)
+    index: Tensor = _argmax(own.q.detach(), other.k.detach(), other.lengths, scale, other.padded)
+    index = index[..., None].expand(-1, -1, -1, own.q.shape[-1])
     return other.q.gather(2, index) + _nan_or_0(own.q, other.q, other.k), other.k.gather(2, index)
+
+
+@torch.library.custom_op(
+    "attncongruence::argmax",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor lengths, float scale, bool padded) -> Tensor",
+)
+def _argmax(q: Tensor, k: Tensor, lengths: Tensor, scale: float, padded: bool) -> Tensor:
+    """Each row's best column among a sample's own, `(batch, heads, rows)`; some rows of the block at a time."""
+    batch, heads, rows, _ = q.shape
+    columns = torch.arange(k.shape[2], device=q.device) < lengths[:, None] if padded else None
+    step = max(1, cache_bytes(q.device) // (q.element_size() * max(batch * heads * k.shape[2], 1)))
+    starts = range(0, rows, step)
+    return torch.cat([_best(_block(q[:, :, start : start + step], k, scale), columns) for start in starts], -1)
+
+
+@_argmax.register_fake
+def _(q: Tensor, k: Tensor, lengths: Tensor, scale: float, padded: bool) -> Tensor:
+    return q.new_empty(q.shape[:-1], dtype=torch.long)
+
+
+batched(_argmax, tensors=3)
 
 
 def _best(scores: Tensor, columns: Tensor | None) -> Tensor:
@@ -176,9 +194,9 @@ def _best(scores: Tensor, columns: Tensor | None) -> Tensor:
     return fill(scores, None if columns is None else columns[:, None, None], floor).argmax(-1)
 
 
-def _block(rows: Tokens, columns: Tokens, scale: float) -> Tensor:
+def _block(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """A block of S, `(batch, heads, rows, columns)`."""
-    return (scale * at_least_float32(rows.q)) @ at_least_float32(columns.k).mT
+    return (scale * at_least_float32(q)) @ at_least_float32(k).mT
 
 
 def _outer(rows: Tokens, columns: Tokens) -> Tensor | None:
@@ -194,12 +212,12 @@ def _on_probabilities(
     language, vision = direction != "vision", direction != "language"
     target_softmax = convention.iais_target_softmax if kind == "singular" else convention.target_softmax
     masks = Quadrants(*(_outer(rows, columns) for rows in (text, image) for columns in (text, image)))
-    scores = _block(text, text, scale)
+    scores = _block(text.q, text.k, scale)
     LL = attention_map(scores, masks.LL, convention)
     with_grad = kind == "distributed" or (kind == "cacr" and not convention.detach_equivalence)
     with torch.set_grad_enabled(with_grad and torch.is_grad_enabled()):
-        LV = attention_map(_block(text, image, scale), masks.LV, convention)
-        VL = attention_map(_block(image, text, scale), masks.VL, convention)
+        LV = attention_map(_block(text.q, image.k, scale), masks.LV, convention)
+        VL = attention_map(_block(image.q, text.k, scale), masks.VL, convention)
 
     # What is asked of VV: E VV E^T, and the rows of FG^T against its own.
     E = F = G = None
@@ -235,8 +253,8 @@ def _picked_map(LV: Tensor, image: Tokens, scale: float, mask: Tensor | None, co
     """VV[argmax LV, argmax LV], `(batch, 1, N, N)`: only the picked rows of VV are built."""
     best = _best(LV, image.real)
     heads, width = image.q.shape[1], image.q.shape[3]
-    rows = image._replace(q=image.q.gather(2, best[..., None].expand(-1, heads, -1, width)))
-    VV = attention_map(_block(rows, image, scale), mask, convention)
+    rows = image.q.gather(2, best[..., None].expand(-1, heads, -1, width))
+    VV = attention_map(_block(rows, image.k, scale), mask, convention)
     return VV.gather(-1, best[:, :, None].expand(-1, -1, best.shape[-1], -1)) + _nan_or_0(LV, image.q, image.k)
 
 

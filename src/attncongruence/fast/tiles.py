@@ -19,9 +19,14 @@ Target = Literal["softmax", "log", "distributed"]
 LONGEST = 512
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def cache_bytes(device: torch.device) -> int:
     """What the working set of a tile may fill: half of the last cache level, which all cores share."""
+    return _cache_bytes(device)
+
+
+@functools.cache
+def _cache_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     for level in ("SC_LEVEL3_CACHE_SIZE", "SC_LEVEL2_CACHE_SIZE"):
