@@ -36,8 +36,8 @@ class Fused(nn.Module):
 X = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
 
 
-def record(model: nn.Module) -> CapturedAttention:
+def record(model: nn.Module, layers: int | str = -1) -> CapturedAttention:
     """Of one forward pass."""
-    with capture_attention(model) as capture:
+    with capture_attention(model, layers) as capture:
         model(X)
         return capture.pop()

@@ -20,7 +20,7 @@ def test_configurations_of_others_name_no_kernel(config):
     assert _compat.kernel_of(config) is None
     model = Fused()
     model.config = config
-    assert record(model).query is not None
+    assert record(model, "").query is not None
 
 
 def kernel_tables():
@@ -71,7 +71,7 @@ def test_without_an_interface_nothing_is_shown_and_nothing_raises(monkeypatch, g
     config.__dict__[_compat._KERNEL] = "flex_attention"
     monkeypatch.delattr(f"transformers.{gone}")
     assert _compat.kernels() is None
-    assert record(model).query is not None
+    assert record(model, "").query is not None
     assert model.config is config
 
 
