@@ -55,13 +55,28 @@ def test_real_models_need_no_word_about_their_layout(name):
         assert ours == pytest.approx(theirs.item(), rel=1e-5)
 
 
+class Shifted(nn.Module):
+    """One head whose softmax sees scores less their row's maximum, as in some versions of LayoutLMv3."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        scores = self.query(x)[:, None] @ self.key(x)[:, None].transpose(-1, -2)
+        return torch.softmax(scores - scores.amax(-1, keepdim=True), -1) @ self.value(x)[:, None]
+
+
 def test_what_was_captured():
     vilt, llava = (examine(*CASES[name].build(), rounds=1).captured for name in ("vilt", "llava"))
     assert (vilt.shape, vilt.dtype, vilt.mask, vilt.streaming) == ((2, 4, 25, 25), "float32", "tokens", True)
     assert (llava.mask, llava.offers_query_key, llava.streaming) == ("causal", True, False)
     biased = examine(*CASES["layoutlmv3"].build(), rounds=1)
-    assert (biased.captured.offers_query_key, biased.captured.shifted, biased.ok) == (False, True, True)
-    assert "PRINTED, which weighs with raw scores" in as_text(biased)
+    assert (biased.captured.offers_query_key, biased.ok) == (False, True)
+    shifted = examine(Shifted(), (torch.randn(2, 5, 8),), 2, rounds=1)
+    assert (shifted.captured.offers_query_key, shifted.captured.shifted, shifted.ok) == (False, True, True)
+    assert "PRINTED, which weighs with raw scores" in as_text(shifted)
+    assert not vilt.shifted
 
 
 def test_gradient_is_that_of_the_loss_alone():

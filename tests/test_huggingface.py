@@ -86,7 +86,9 @@ def by_hand(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | N
     """An attention kernel without one function that capture watches for."""
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     scores = (q[:, :, :, None] * k[:, :, None]).sum(-1) * scaling
-    weights = (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).exp()
+    if mask is not None:  # added, or bool, as the version of transformers has it
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    weights = scores.exp()
     return (weights[..., None] * v[:, :, None]).sum(3).div(weights.sum(-1, keepdim=True)).transpose(1, 2), None
 
 

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from attncongruence import CACRLoss, Regularizer, cacr_loss, exponential_warmup, regularize
@@ -91,6 +91,9 @@ def trainer_for(
         "remove_unused_columns": False,
         **options,
     }
+    if "train_sampling_strategy" not in TrainingArguments.__dataclass_fields__:  # up to some transformers 5.x
+        del arguments["train_sampling_strategy"]
+        trainer = type("InOrder", (trainer,), {"_get_train_sampler": lambda self, *_: SequentialSampler(rows(batch))})
     return trainer(model, TrainingArguments(**arguments), train_dataset=rows(batch), callbacks=callbacks)
 
 

@@ -133,7 +133,10 @@ def layoutlmv3() -> Case:
 
     layers = {"S": Layer("encoder.layer.1.attention.self")}
     reference = returned(lambda out: out.attentions[-1])
-    notes = "1-D and 2-D position bias; the softmax sees scores less their row's maximum"
+    notes = (
+        "1-D and 2-D position bias; up to transformers 5.23 the softmax sees scores less their row's maximum, so that "
+        "PRINTED means nothing"
+    )
     masks = text_then(5)
     return Case("layoutlmv3", "encoder", build, layers, *masks, reference, eager_transformers, ("S",), notes=notes)
 

@@ -29,7 +29,7 @@ How to use each kind is in [capture.md](capture.md).
 - **direction**: in which `cacr_loss` makes sense. In a causal decoder an image token sees only the text before it: the
   share of the block VL that the model allows is given where it is not all, and with a small share leave vision out.
 - **convention**: what makes sense. `PRINTED` takes raw scores as weights, so not where the softmax sees them shifted by
-  their row's maximum; `RELEASED` and `WEIGHTED_MEAN` do not change under such a shift.
+  their row's maximum; `RELEASED` and `WEIGHTED_MEAN` do not change under such a shift, under causal masks either.
 
 | family | kind | layer | -1 | kernel | error | q, k | direction | convention | note |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |

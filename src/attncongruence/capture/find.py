@@ -8,16 +8,15 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
-from torch.overrides import _push_mode
 
+from attncongruence import _compat
 from attncongruence.capture.hooks import eager_pass_hooks, nothing, uncompiled_hook
-from attncongruence.capture.mode import AttentionMode, remove_mode
+from attncongruence.capture.mode import AttentionMode, push_mode, remove_mode
 from attncongruence.capture.seen import Seen
 from attncongruence.capture.streams import Streams
 from attncongruence.capture.watch import gradients_off, on_torch_fast_path, recomputing, refuse_replica, show_kernel
 
-# Names that wrappers put between a model and its modules; nobody types them.
-_WRAPPERS = re.compile(r"(?:^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
+_WRAPPERS = re.compile(rf"(?:^|\.)(?:{'|'.join(_compat.WRAPPERS)})(?=\.|$)")
 
 
 def find_attention(model: nn.Module) -> dict[str, str]:
@@ -174,7 +173,7 @@ class _Pass:
         self._undo: list[Callable[[], None]] = []
         self._unwatched = 0  # depth at which watching stopped
         self._mode = AttentionMode(self._see, Streams())
-        _push_mode(self._mode)
+        push_mode(self._mode)
 
     def enter(self, name: str, undo: Callable[[], None], unwatched: bool) -> None:
         self.path.append(name)
@@ -186,7 +185,7 @@ class _Pass:
     def leave(self) -> None:
         if len(self.path) == self._unwatched:
             self._unwatched = 0
-            _push_mode(self._mode)
+            push_mode(self._mode)
         self.path.pop()
         self._undo.pop()()
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from attncongruence import _compat
+
 
 class Hook:
     """A bound method that becomes a function of no effect in a copy or a pickle."""
@@ -31,22 +33,19 @@ def uncompiled_hook() -> type[Hook]:
 @functools.cache
 def eager_pass_hooks() -> tuple[type[Hook], type[Hook]]:
     """A pair of hooks; the first switches `torch.compile` off for the forward pass it opens, the second on again."""
-    from torch._C._dynamo.eval_frame import set_eval_frame
-    from torch._dynamo.decorators import skip
-
     compiler = threading.local()
 
     def open_pass(self: Hook, *args: Any) -> None:
-        compiler.callback = set_eval_frame(None)
+        compiler.callback = _compat.set_compiler(None)
         self.call(*args)
 
     def close_pass(self: Hook, *args: Any) -> None:
         self.call(*args)
-        set_eval_frame(getattr(compiler, "callback", None))
+        _compat.set_compiler(getattr(compiler, "callback", None))
 
     return (
-        type("OpensEagerPass", (Hook,), {"__call__": skip(open_pass)}),
-        type("ClosesEagerPass", (Hook,), {"__call__": skip(close_pass)}),
+        type("OpensEagerPass", (Hook,), {"__call__": _compat.skip_frame(open_pass)}),
+        type("ClosesEagerPass", (Hook,), {"__call__": _compat.skip_frame(close_pass)}),
     )
 
 

@@ -1,32 +1,18 @@
 """The modes that see attention operations: one for eager code, one inside `torch.compile`."""
 
 import dataclasses
-import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_function_stack
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+from torch.overrides import TorchFunctionMode
 
+from attncongruence import _compat
 from attncongruence.capture.product import Trail, function_name
 from attncongruence.capture.seen import Seen, seen_in_sdpa
 from attncongruence.capture.streams import Streams
-
-
-def _without_dispatch(function: Callable[..., Any]) -> Callable[..., Any]:
-    # F.multi_head_attention_forward hands itself to the mode before it does anything, and a mode is off inside its own
-    # handler. The same code with a `has_torch_function` that says no runs its body, softmax and all, under the mode.
-    code: types.FunctionType = function  # type: ignore[assignment]
-    blind = {**code.__globals__, "has_torch_function": lambda _: False}
-    copy = types.FunctionType(code.__code__, blind, code.__name__, code.__defaults__, code.__closure__)
-    copy.__kwdefaults__ = code.__kwdefaults__
-    return copy
-
-
-_mha_body = _without_dispatch(F.multi_head_attention_forward)
 
 
 class AttentionMode(TorchFunctionMode):
@@ -45,7 +31,7 @@ class AttentionMode(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             with self:
-                return _mha_body(*args, **kwargs)
+                return _compat.mha_body(*args, **kwargs)
         result = func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             seen = seen_in_sdpa(*args, **kwargs)
@@ -79,9 +65,11 @@ class CompiledMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
             with self:
-                return _mha_body(*args, **kwargs)
+                return _compat.mha_body(*args, **kwargs)
         if func in (F.scaled_dot_product_attention, F.softmax, torch.softmax, Tensor.softmax):
             self.slot = (*self.slot, (func is F.scaled_dot_product_attention, args, kwargs))
+        if func is Tensor.unflatten:  # its super() is more than torch.compile could trace under a mode in torch 2.11
+            func = torch.unflatten
         return func(*args, **kwargs)
 
     def take(self) -> list[Seen]:
@@ -102,13 +90,23 @@ def _weighed_keys(input: Tensor, dim: int | None = None, *args: object, **kwargs
     return input if dim is not None and input.ndim >= 3 and dim in (-1, input.ndim - 1) else None
 
 
+def push_mode(mode: TorchFunctionMode) -> None:
+    """Switches a mode on. Not its own `__enter__`, which may do more when it is the user's."""
+    TorchFunctionMode.__enter__(mode)
+
+
+def pop_mode(mode: TorchFunctionMode) -> None:
+    """Switches the innermost mode off."""
+    TorchFunctionMode.__exit__(mode, None, None, None)
+
+
 def remove_mode(mode: TorchFunctionMode) -> None:
     """Takes one mode off the stack, wherever it is, and leaves the others in order."""
-    above = []
-    while _len_torch_function_stack() > 0:
-        top = _pop_mode()
-        if top is mode:
-            break
-        above.append(top)
-    for other in reversed(above):
-        _push_mode(other)
+    stack = _compat.function_modes()
+    place = next((i for i, other in enumerate(stack) if other is mode), None)
+    if place is None:
+        return
+    for other in reversed(stack[place:]):
+        pop_mode(other)
+    for other in stack[place + 1 :]:
+        push_mode(other)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attncongruence import _compat
 from attncongruence.capture.seen import FLOOR, Seen
 from attncongruence.capture.streams import Streams, tensors_in
 
@@ -25,7 +26,7 @@ _MINUS = {"sub", "isub", "subtract"}
 _FILL = {"masked_fill", "where"}
 _FACTORS = ("input", "batch1", "batch2", "mat2", "tensor2", "other")
 _OPERANDS = {"other", "mask", "value"}
-_SAME = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "_to_copy", "alias"}
+_SAME = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "alias"}
 _FOLD = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"}
 
 
@@ -36,7 +37,7 @@ class Trail:
         self.streams = streams
         # Weak, so that the model's intermediate scores are freed as early as they are without us. The version tells a
         # tensor that was written to behind our back (`scores[..., 0] = 0`) from the one that was remembered.
-        self._made: dict[int, tuple[weakref.ref[Tensor], int, Seen]] = {}
+        self._made: dict[int, tuple[weakref.ref[Tensor], float, Seen]] = {}
         self._folds: dict[int, tuple[int, int]] = {}
 
     def follow(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object) -> None:
@@ -49,11 +50,11 @@ class Trail:
             self._note_fold(args[0], result)
         seen = self._product(name, args, kwargs) if name in _PRODUCTS else self._derived(name, args, kwargs, result)
         if seen is not None:
-            self._made[id(result)] = (weakref.ref(result), _version(result), seen)
+            self._made[id(result)] = (weakref.ref(result), _compat.version(result), seen)
 
     def at_softmax(self, logits: Tensor) -> Seen:
         """What is known about the input of a softmax."""
-        seen = self._known(logits, _version(logits))
+        seen = self._known(logits, _compat.version(logits))
         if seen is None:
             return Seen(logits=logits, from_product=False)
         return dataclasses.replace(seen, logits=logits)
@@ -62,7 +63,7 @@ class Trail:
         """`(batch, heads)` of a first dimension of this size, if a reshape told."""
         return self._folds.get(size)
 
-    def _known(self, tensor: Tensor, version: int) -> Seen | None:
+    def _known(self, tensor: Tensor, version: float) -> Seen | None:
         ref, seen_version, seen = self._made.get(id(tensor), (None, 0, None))
         if ref is None or seen is None or ref() is not tensor:
             return None
@@ -81,7 +82,7 @@ class Trail:
         # baddbmm(alibi, batch1=query, batch2=key), matmul(query, other=key)
         args = (*args, *(kwargs[key] for key in _FACTORS if key in kwargs))
         factors = tensors_in(args)[-2:]
-        if any((known := self._known(t, _version(t))) is not None and not known.from_product for t in factors):
+        if any((known := self._known(t, _compat.version(t))) is not None and not known.from_product for t in factors):
             return None  # probabilities times values
         seen = _product(name, args, kwargs)
         if seen is None or self.streams is None:
@@ -93,11 +94,11 @@ class Trail:
         tensor = next((t for t in tensors_in((*args, *kwargs.values())) if self._remembers(t)), None)
         if tensor is None:
             return None
-        if tensor is result and self._made[id(tensor)][1] == _version(tensor):
+        if tensor is result and self._made[id(tensor)][1] == _compat.version(tensor):
             return self._made[id(tensor)][2]  # nothing to do, like contiguous() of a contiguous tensor
         # In place, the remembered tensor is the result itself, one version on.
         in_place = tensor is result and not result.is_inference()
-        seen = self._known(tensor, _version(tensor) - in_place)
+        seen = self._known(tensor, _compat.version(tensor) - in_place)
         still_scores = (
             tensor.numel() == result.numel()
             or tensor.shape[:-1] == result.shape[:-1]
@@ -176,11 +177,6 @@ def _einsum(*args: Any) -> Seen | None:
         return tensor.permute([names[which].index(a) for a in (*batch, axis, width)])
 
     return Seen(query=ordered(query, row), key=ordered(key, column))
-
-
-def _version(tensor: Tensor) -> int:
-    # Inference tensors have none: writing to one behind our back goes unnoticed, and trains nothing.
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _number(value: object) -> float | None:

@@ -27,7 +27,7 @@ def layer_never_ran(names: Iterable[str]) -> str:
     return (
         f"the model ran, but {', '.join(names)} did not. Either this forward pass does not use it, or the model was "
         "compiled and had run before capture began, and compiled code never calls hooks added later: call "
-        "capture_attention before the first compiled run, or torch._dynamo.reset() after it."
+        "capture_attention before the first compiled run, or torch.compiler.reset() after it."
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from attncongruence import _compat
 from attncongruence.capture import reasons
 from attncongruence.capture.find import Finder, Log, crosses, select_modules, self_attention
 from attncongruence.capture.hooks import uncompiled_hook
@@ -37,7 +38,7 @@ def capture_attention(model: nn.Module, layers: Layers = -1, *, analysis: bool =
 
     Raises:
         ValueError: no such layer, or an empty choice.
-        RuntimeError: a model in `torch.nn.DataParallel`.
+        RuntimeError: a model in `torch.nn.DataParallel`; a version of torch that capture cannot work with.
 
     Example:
         >>> encoder = nn.TransformerEncoderLayer(8, 2, dropout=0.0, batch_first=True)
@@ -62,6 +63,8 @@ class AttentionCapture:
                 "torch.nn.DataParallel copies the model for each device in each step, and capture cannot follow the "
                 "copies. Use DistributedDataParallel (one process per device), or one device."
             )
+        indices, others = _sorted_choice(layers)
+        _compat.check(by_number=bool(indices))
         self.model = unwrapped(model)
         self.analysis = analysis
         self._records: list[tuple[object, CapturedAttention]] = []
@@ -74,7 +77,6 @@ class AttentionCapture:
         self._trouble = ""
         self._closed = self._warned = self._popped = False
         self._handles: list[Any] = []
-        indices, others = _sorted_choice(layers)
         self._indices = indices
         hook = uncompiled_hook()
         self._handles += [
@@ -270,5 +272,5 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The user's model inside torch's own wrappers."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return unwrapped(model.module)
-    compiled = getattr(model, "_orig_mod", None)
+    compiled = getattr(model, _compat.COMPILED, None)
     return unwrapped(compiled) if isinstance(compiled, nn.Module) else model

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import _pop_mode, _push_mode
 
+from attncongruence import _compat
 from attncongruence.capture.hooks import Hook, nothing
-from attncongruence.capture.mode import AttentionMode, CompiledMode, remove_mode
+from attncongruence.capture.mode import AttentionMode, CompiledMode, pop_mode, push_mode, remove_mode
 from attncongruence.capture.product import Trail
 from attncongruence.capture.seen import Seen
+from attncongruence.integrations import kernels
 
 
 def gradients_off() -> bool:
@@ -23,7 +24,7 @@ def gradients_off() -> bool:
 
 def recomputing() -> bool:
     """Whether a backward pass is running: checkpointing calls forward again there, and it was seen before."""
-    return bool(torch._C._current_graph_task_id() >= 0)
+    return _compat.in_backward()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +39,7 @@ class _Active:
 
 def show_kernel(module: nn.Module) -> Callable[[], None]:
     """Lets a mode see kernels of transformers that no torch function shows, until the returned function is called."""
-    if "transformers" not in sys.modules or "config" not in module.__dict__:
-        return nothing
-    from attncongruence.integrations import kernels
-
-    return kernels.show_kernel(module)
+    return kernels.show_kernel(module) if "config" in module.__dict__ else nothing
 
 
 _FAST = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
@@ -60,7 +57,7 @@ def on_torch_fast_path(module: nn.Module, args: Iterable[object]) -> bool:
 
 def refuse_replica(module: nn.Module) -> None:
     """Raises in a copy that torch.nn.DataParallel made for one step: hooks are shared with it, nothing else is."""
-    if getattr(module, "_is_replica", False):
+    if _compat.is_replica(module):
         raise RuntimeError(
             f"this {type(module).__name__} is a replica of torch.nn.DataParallel, whose copies capture cannot follow. "
             "Use DistributedDataParallel (one process per device), or one device."
@@ -112,7 +109,7 @@ class Watch:
             # Reading `closed` makes it a guard: after close() the model is compiled again, without us.
             if not self.closed and (self.analysis or not gradients_off()):
                 self.compiled.slot = ()
-                _push_mode(self.compiled)
+                push_mode(self.compiled)
             return
         self.drop_stale()
         refuse_replica(module)
@@ -127,13 +124,13 @@ class Watch:
         seen: list[Seen] = []
         mode = AttentionMode(seen.append)
         self._local.active = _Active(mode, seen, sys.exc_info()[1], show_kernel(module))
-        _push_mode(mode)
+        push_mode(mode)
 
     def leave(self, module: nn.Module, args: object, result: object) -> None:
         """After forward, also after one that raised: switches the mode off and hands over what it saw."""
         if torch.compiler.is_compiling():
             if not self.closed and (self.analysis or not gradients_off()):
-                _pop_mode()
+                pop_mode(self.compiled)
             return
         active: _Active | None = getattr(self._local, "active", None)
         if active is None or module is not self.module:

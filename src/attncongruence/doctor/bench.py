@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attncongruence import _compat
 from attncongruence.capture.find import Finder, Log
 from attncongruence.doctor.report import Overhead
 from attncongruence.training.outputs import loss_in
@@ -73,7 +74,7 @@ def clear(model: nn.Module) -> None:
 
 def _ours(model: nn.Module) -> int:
     """How many hooks of this library are on a model; others (transformers') come with its first forward pass."""
-    hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    hooks = [h for m in model.modules() for h in _compat.hooks_of(m)]
     return sum(f"{type(h).__module__} {getattr(h, '__module__', '')}".find("attncongruence") >= 0 for h in hooks)
 
 
@@ -88,7 +89,11 @@ def as_found(model: nn.Module, batch: Inputs) -> Iterator[Callable[[], bool]]:
     grads = [(leaf, leaf.grad, None if leaf.grad is None else leaf.grad.clone()) for leaf in leaves]
     modes = [(module, module.training) for module in model.modules()]
     hooks = _ours(model)
-    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    buffers = [
+        (m, name, b, b.clone())
+        for m in model.modules()
+        for name, b in m.named_buffers(recurse=False, remove_duplicate=False)
+    ]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
 
     def intact() -> bool:
@@ -97,7 +102,7 @@ def as_found(model: nn.Module, batch: Inputs) -> Iterator[Callable[[], bool]]:
             and all(module.training is mode for module, mode in modes)
             and all(leaf.grad is grad for leaf, grad, _ in grads)
             and all(grad is None or copy is None or torch.equal(grad, copy) for _, grad, copy in grads)
-            and all(m._buffers[name] is b and torch.equal(b, copy) for m, name, b, copy in buffers)
+            and all(getattr(m, name, None) is b and torch.equal(b, copy) for m, name, b, copy in buffers)
         )
 
     for leaf in leaves:
@@ -113,7 +118,7 @@ def as_found(model: nn.Module, batch: Inputs) -> Iterator[Callable[[], bool]]:
         for leaf, grad, _ in grads:
             leaf.grad = grad
         for module, name, buffer, copy in buffers:
-            module._buffers[name] = buffer
+            setattr(module, name, buffer)
             if not torch.equal(buffer, copy):
                 with torch.no_grad():
                     buffer.copy_(copy)

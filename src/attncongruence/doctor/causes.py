@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,11 +48,11 @@ def gradients_off_at(model: nn.Module, batch: Inputs, layer: str) -> Off | None:
 
 
 def _inside_reentrant_checkpoint() -> bool:
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
+    frame = inspect.currentframe()
+    while frame is not None:
         if frame.f_code is CheckpointFunction.forward.__code__:
             return True
+        frame = frame.f_back
     return False
 
 

@@ -5,22 +5,19 @@ and mask, puts the module's own configuration back and calls the kernel it stand
 other modules and after `close()` nothing is different.
 """
 
-import copy
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode_stack, _push_mode
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from attncongruence import _compat
 from attncongruence.capture.hooks import nothing
-from attncongruence.capture.mode import AttentionMode, remove_mode
+from attncongruence.capture.mode import AttentionMode, push_mode, remove_mode
 from attncongruence.capture.seen import Seen
 
-_VISIBLE = (None, "eager", "sdpa")
+_VISIBLE = ("eager", "sdpa")
 _SUFFIX = "_seen_by_attncongruence"
 
 
@@ -34,13 +31,10 @@ def show_kernel(module: nn.Module) -> Callable[[], None]:
         A function that puts everything back; calling it again does nothing.
     """
     config = module.__dict__.get("config")
-    kernel = getattr(config, "_attn_implementation", None)
-    if kernel in _VISIBLE or kernel not in ALL_ATTENTION_FUNCTIONS:
+    kernel, tables = _compat.kernel_of(config), _compat.kernels()
+    if kernel is None or tables is None or kernel in _VISIBLE or kernel not in tables.attention:
         return nothing
-    private = copy.copy(config)
-    # Not through the property, which would also rename the kernel of configurations inside this one.
-    private.__dict__["_attn_implementation_internal"] = _registered(str(kernel))
-    module.__dict__["config"] = private
+    private = module.__dict__["config"] = _compat.with_kernel(config, _registered(kernel))
 
     def restore() -> None:
         if module.__dict__.get("config") is private:
@@ -53,29 +47,31 @@ def show_kernel(module: nn.Module) -> Callable[[], None]:
 @functools.cache
 def _registered(kernel: str) -> str:
     """Registers, once, the function that stands for a kernel, and the kernel's own masks under the same name."""
+    tables = _compat.kernels()
+    assert tables is not None, "show_kernel has seen them"
 
     def forward(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any
     ) -> Any:
         module.__dict__["config"].__dict__["_attncongruence_restore"]()
-        call = functools.partial(ALL_ATTENTION_FUNCTIONS[kernel], module, query, key, value, mask, *args, **kwargs)
-        seen = _seen(module, query, key, mask, kwargs)
-        if seen is None:
-            return call()
-        # Off while it runs: flex attention is compiled, and would be compiled anew for each new mode.
-        modes = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, AttentionMode)]
+        call = functools.partial(tables.attention[kernel], module, query, key, value, mask, *args, **kwargs)
+        # Off for the mask of flex attention, and while it runs: compiled, it would be compiled anew for each new mode.
+        modes = [mode for mode in _compat.function_modes() if isinstance(mode, AttentionMode)]
         for mode in modes:
-            mode.sink(seen)
             remove_mode(mode)
-        result = call()
+        seen = _seen(module, query, key, mask, kwargs)
+        if seen is not None:
+            for mode in modes:
+                mode.sink(seen)
+            result = call()
         for mode in modes:
-            _push_mode(mode)
-        return result
+            push_mode(mode)
+        return call() if seen is None else result
 
     name = f"{kernel}{_SUFFIX}"
-    ALL_ATTENTION_FUNCTIONS.register(name, forward)
-    if kernel in ALL_MASK_ATTENTION_FUNCTIONS:
-        ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[kernel])
+    tables.attention.register(name, forward)
+    if kernel in tables.masks:
+        tables.masks.register(name, tables.masks[kernel])
     return name
 
 
@@ -109,5 +105,4 @@ def _seen(module: nn.Module, query: Tensor, key: Tensor, mask: Any, options: dic
 def _dense(mask_mod: Callable[..., Tensor], query: Tensor, keys: int) -> Tensor:
     from torch.nn.attention.flex_attention import create_mask
 
-    with torch._C.DisableTorchFunction():
-        return create_mask(mask_mod, query.shape[0], None, query.shape[-2], keys, device=str(query.device))
+    return create_mask(mask_mod, query.shape[0], None, query.shape[-2], keys, device=str(query.device))

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from attncongruence import _compat
 from attncongruence.training.regularize import Regularizer, the_regularizer
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
-class CongruenceCallback(TrainerCallback, ExportableState):
+class CongruenceCallback(TrainerCallback, _compat.exportable_state()):  # type: ignore[misc]
     """Goes with `regularize` in a `Trainer`; the loss itself is added without it.
 
     It logs `congruence_loss` (mean since the last log, of this process) and `congruence_weight`, keeps the schedule's
@@ -57,7 +58,7 @@ class CongruenceCallback(TrainerCallback, ExportableState):
         if self._regularizer is None:
             self._regularizer = the_regularizer(model)
         if state.global_step:
-            saved = state.stateful_callbacks.get(type(self).__name__)
+            saved = getattr(state, "stateful_callbacks", {}).get(type(self).__name__)
             saved = saved[0] if isinstance(saved, list) else saved
             # A checkpoint from a run without this callback: as many steps as Trainer counts.
             step = saved["attributes"]["step"] if saved else state.global_step
@@ -90,8 +91,8 @@ class CongruenceCallback(TrainerCallback, ExportableState):
         if steps and self._position == steps:  # what is left of the epoch
             count = len(train_dataloader) - (steps - 1) * count
         # Trainer adds up the items of all processes, and multiplies the loss by the number of those that differ.
-        processes = args.world_size if args.average_tokens_across_devices else 1
-        processes //= getattr(model, "_tp_size", None) or 1
+        processes = args.world_size if getattr(args, "average_tokens_across_devices", False) else 1
+        processes //= getattr(model, "tp_size", None) or 1
         self._of_regularizer.micro_batches = count * processes
 
     def on_substep_end(

@@ -56,7 +56,7 @@ def share_of(batch: Batch, micro_batches: int | None) -> Share | None:
 def _last_of_accelerate() -> bool:
     """Whether Accelerate is at work, in one process, and the optimiser will step after this micro-batch."""
     state = sys.modules.get("accelerate.state")
-    if state is None or not state.GradientState._shared_state:
+    if state is None or not state.is_initialized():
         return False
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed and torch.distributed.get_world_size() > 1:

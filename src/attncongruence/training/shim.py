@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from attncongruence import _compat
+
 
 class Shim:
     """An instance attribute in front of a method. `__wrapped__` is the method, for whoever asks for its signature.
@@ -40,11 +42,10 @@ class ForwardShim(Shim):
     """Sends `model.forward(...)` through `model(...)`, whose hooks it would go past: PEFT calls its base model so."""
 
     def __init__(self, module: nn.Module) -> None:
-        from torch._dynamo.decorators import skip
-
         super().__init__(module, "forward")
         self.inside = False
-        skip(ForwardShim.__call__)  # torch.compile sees the model's own forward, as without it
+        # torch.compile sees the model's own forward, as without it.
+        ForwardShim.__call__ = _compat.skip_frame(ForwardShim.__call__)  # type: ignore[method-assign]
 
     def enter(self, *args: object) -> None:
         """A pre-hook of the module: the next call comes from `model(...)`."""
