@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Iterator
 from typing import Literal
@@ -19,22 +18,23 @@ Target = Literal["softmax", "log", "distributed"]
 LONGEST = 512
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def cache_bytes(device: torch.device) -> int:
-    """What the working set of a tile may fill: half of the last cache level, which all cores share."""
-    return _cache_bytes(device)
-
-
-@functools.cache
-def _cache_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+def _cache_of_cpu() -> int:
     for level in ("SC_LEVEL3_CACHE_SIZE", "SC_LEVEL2_CACHE_SIZE"):
         size = os.sysconf(level) if level in getattr(os, "sysconf_names", {}) else 0
         if size > 0:
             # A server reports one cache for all of its cores, of which this process may have few.
             return min(size, 32 * 2**20) // 2
     return 8 * 2**20
+
+
+_CACHE_OF_CPU = _cache_of_cpu()
+
+
+def cache_bytes(device: torch.device) -> int:
+    """What the working set of a tile may fill: half of the last cache level, which all cores share."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    return _CACHE_OF_CPU
 
 
 class Tiles:
