@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attncongruence.capture import capture_attention
-from tests.test_capture_hooks import Stack
+from tests.helpers.models import Stack
 from tests.zoo import CASES, run
 
 

@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 from torch.overrides import _get_current_function_mode_stack
 
 from attncongruence.capture import capture_attention
-from tests.test_capture_hooks import Stack, hook_count
+from tests.helpers.models import Stack, hook_count
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attncongruence.capture import capture_attention, find_attention
-from tests.test_capture_hooks import Attention, Stack
+from tests.helpers.models import Attention, Stack
 from tests.zoo import CASES, run
 
 X = torch.linspace(-1, 1, 160).view(2, 5, 16)

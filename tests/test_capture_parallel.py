@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from attncongruence import RELEASED, WEIGHTED_MEAN, cacr_loss
 from attncongruence.capture import capture_attention
-from tests.test_capture_hooks import Attention, Stack
+from tests.helpers.models import Attention, Stack
 
 WORLD = 2
 

@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from attncongruence import cacr_loss, capture_attention
 from attncongruence.integrations.huggingface import token_layout
-from tests.test_capture_hooks import hook_count
+from tests.helpers.models import hook_count
 from tests.zoo import CASES, run
 
 HF = [name for name, case in CASES.items() if "S" in case.layers and not name.startswith(("timm", "torch"))]

@@ -27,7 +27,7 @@ from attncongruence import (
     split_attention,
     symmetric_kl,
 )
-from tests.problems import (
+from tests.helpers.problems import (
     CASES,
     CONVENTIONS,
     DIRECTIONS,

@@ -6,7 +6,17 @@ import torch
 from hypothesis import strategies as st
 
 from attncongruence import TokenLayout
-from tests.problems import CASES, DIRECTIONS, assert_close, fast, make_problem, problems, randn, slow, value_and_grad
+from tests.helpers.problems import (
+    CASES,
+    DIRECTIONS,
+    assert_close,
+    fast,
+    make_problem,
+    problems,
+    randn,
+    slow,
+    value_and_grad,
+)
 
 
 @pytest.mark.parametrize("rank", [3, 4])

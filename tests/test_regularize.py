@@ -22,7 +22,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from attncongruence import CACRLoss, IAISLoss, TokenLayout, cacr_loss, capture_attention, linear_warmup, regularize
 from attncongruence.training.share import share_of
 from attncongruence.training.steps import listeners
-from tests.test_capture_hooks import Attention, Stack, hook_count
+from tests.helpers.models import Attention, Stack, hook_count
 
 TEXT, LENGTH, SAMPLES = 4, 9, 4
 Pair = collections.namedtuple("Pair", ["loss", "logits"])

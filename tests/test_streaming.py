@@ -29,7 +29,7 @@ from attncongruence.divergence import there_and_back
 from attncongruence.fast import streaming, tiles
 from attncongruence.fast.low_rank import low_rank_kl
 from attncongruence.fast.mean_map import mean_map
-from tests.problems import (
+from tests.helpers.problems import (
     CASES,
     CONVENTIONS,
     DIRECTIONS,

@@ -5,7 +5,7 @@ import torch
 
 from attncongruence import QueryKey
 from attncongruence.fast import low_rank, mean_map, mean_map_gpu, streaming, triton, triton_map, triton_map_grad
-from tests.problems import CASES, DIRECTIONS, assert_close, fast, make_problem, randn
+from tests.helpers.problems import CASES, DIRECTIONS, assert_close, fast, make_problem, randn
 
 every_case = pytest.mark.parametrize(("name", "convention"), CASES)
 

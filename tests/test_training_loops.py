@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from attncongruence import CACRLoss, Regularizer, cacr_loss, exponential_warmup, regularize
 from attncongruence.integrations import huggingface, lightning
-from tests.training import (
+from tests.helpers.training import (
     LR,
     MODELS,
     TEXT,

@@ -12,8 +12,8 @@ import triton
 
 from attncongruence.fast import triton as kernels
 from attncongruence.fast import triton_map, triton_map_grad, triton_tiles
-from tests.problems import assert_close, randn
-from tests.triton_problems import HALF, beyond, distance, low_rank_loss, mean_map, with_grad
+from tests.helpers.problems import assert_close, randn
+from tests.helpers.triton_problems import HALF, beyond, distance, low_rank_loss, mean_map, with_grad
 
 INTERPRETED = triton_tiles.INTERPRETED.value
 
@@ -299,7 +299,7 @@ def test_compiles_for_cards_that_are_not_there(tmp_path):
     ]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.triton_problems", *(str(word) for case in cases for word in case[:-1])],
+        [sys.executable, "-m", "tests.helpers.triton_problems", *(str(word) for case in cases for word in case[:-1])],
         capture_output=True,
         text=True,
         env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},

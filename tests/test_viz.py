@@ -18,8 +18,8 @@ from attncongruence import RELEASED, AttentionBlocks, TokenLayout, argmax_entrop
 from attncongruence.viz import plot_blocks, plot_congruence, plot_token_attention
 from attncongruence.viz.picture import BEST, NEXT
 from examples import pictures
-from tests.problems import CASES, CONVENTIONS, fast, make_problem, randn
-from tests.viz_pictures import FOLDER, PICTURES, causal, hiding, image, save, scores
+from tests.helpers.problems import CASES, CONVENTIONS, fast, make_problem, randn
+from tests.helpers.viz_pictures import FOLDER, PICTURES, causal, hiding, image, save, scores
 
 # Of 255, root mean square. matplotlib 3.9 and 3.11 differ by 3.3, two blocks exchanged make 30 and more.
 TOLERANCE = 6.0
@@ -42,7 +42,7 @@ def title_nats(figure):
 def test_looks_as_before(name, tmp_path):
     save(PICTURES[name](), tmp_path / f"{name}.png")
     difference = compare_images(str(FOLDER / f"{name}.png"), str(tmp_path / f"{name}.png"), TOLERANCE)
-    assert difference is None, f"{difference}\npython -m tests.viz_pictures draws {FOLDER} anew"
+    assert difference is None, f"{difference}\npython -m tests.helpers.viz_pictures draws {FOLDER} anew"
 
 
 def test_the_tolerance_tells_pictures_apart(tmp_path):
@@ -64,7 +64,7 @@ assert "matplotlib" not in sys.modules, "the library itself needs no matplotlib"
 import matplotlib
 matplotlib.use("template")
 before = matplotlib.rcParams.copy()
-from tests.viz_pictures import PICTURES
+from tests.helpers.viz_pictures import PICTURES
 for draw in PICTURES.values():
     draw().savefig(os.devnull, format="png")
 changed = [name for name, value in before.items() if matplotlib.rcParams[name] != value]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -19,8 +22,26 @@ from attncongruence import (
     soft_equivalence_loop,
 )
 
+
+def pairwise(*choices: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Combinations in which any two values of two choices meet at least once: far fewer than all combinations.
+
+    Each step takes the combination with the most pairs that were not met yet; the order of the values breaks ties.
+    """
+    values = [list(choice) for choice in choices]
+    positions = list(itertools.product(*(range(len(choice)) for choice in values)))
+    pairs = {at: set(itertools.combinations(enumerate(at), 2)) for at in positions}
+    open_pairs, taken = set().union(*pairs.values()), []
+    while open_pairs:
+        best = max(positions, key=lambda at: len(pairs[at] & open_pairs))
+        open_pairs -= pairs[best]
+        taken.append(tuple(choice[i] for choice, i in zip(values, best, strict=True)))
+    return taken
+
+
 CONVENTIONS = {"RELEASED": RELEASED, "PRINTED": PRINTED, "WEIGHTED_MEAN": WEIGHTED_MEAN}
 DIRECTIONS = ("language", "vision", "both")
+KINDS = ("int", "ragged", "interleaved")
 
 # name -> (loss, its oracle, the alignment if it has one, the conventions under which it is defined)
 LOSSES = {
