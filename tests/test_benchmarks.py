@@ -11,6 +11,8 @@ from benchmarks import capture_cost, loops, record, report
 from benchmarks.released_loop import cacr_per_sample, uniter_batch
 from tests.helpers.problems import assert_close, value_and_grad
 
+pytestmark = pytest.mark.docs
+
 
 @pytest.mark.parametrize("direction", ["language", "vision"])
 def test_the_per_sample_loop_is_the_released_loss(direction):

@@ -137,6 +137,7 @@ def resident() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm_fused", "vilt"])
 def test_two_hundred_steps_keep_neither_tensors_nor_memory(name):
     model, inputs = CASES[name].build()

@@ -17,6 +17,8 @@ from examples import demo, finetune_vilt
 from examples.ranking_data import Queries, Ranking, rank_batch, read_flickr, read_winoground
 from tests.helpers.finetuning import EXAMPLES, STEPS, Run, column, command, make_tiny, same, weights
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -18,6 +18,8 @@ from examples import finetune_vilt
 from examples.run_folder import last_checkpoint
 from tests.helpers.finetuning import column, command, make_tiny, same, weights
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 

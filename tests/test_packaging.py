@@ -12,6 +12,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+pytestmark = pytest.mark.docs
+
 ROOT = Path(__file__).parent.parent
 CORE = ("torch", "einops", "jaxtyping", "beartype")
 

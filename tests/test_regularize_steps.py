@@ -355,7 +355,7 @@ def _fresh_compiler():
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("layers", [-1, "stack.layers.1"])
+@pytest.mark.parametrize("layers", [-1, pytest.param("stack.layers.1", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("order", ["regularize first", "regularize the compiled model", "compile in place"])
 def test_compiled_models_in_one_graph_compiled_once(layers, order, x):
     main, congruence = parts(x)

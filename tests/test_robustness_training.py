@@ -46,6 +46,7 @@ def test_regularize(data):
                 torch.testing.assert_close(CACRLoss()(record, n_text), last.congruence)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_short_soak():
     results = soak.measure(60)

@@ -68,6 +68,7 @@ def test_kernels_are_dense(name, convention, direction, kind, device, monkeypatc
         assert {"mean_rows", "mean_rows_grad_q", "mean_rows_grad_k"} == set(used)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "convention"), CASES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_errs_no_more_than_half_scores_do(name, convention, dtype, device, monkeypatch):

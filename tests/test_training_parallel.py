@@ -13,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from attncongruence import CACRLoss, regularize
 from tests.helpers.training import LR, MODELS, TEXT, by_hand, furthest, regularized, schedule, weights
 
+pytestmark = pytest.mark.slow
+
 WORLD, STEPS, CLOSE = 2, 3, 1e-6
 
 

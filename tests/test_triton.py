@@ -15,6 +15,7 @@ from attncongruence.fast import triton_map, triton_map_grad, triton_tiles
 from tests.helpers.problems import assert_close, randn
 from tests.helpers.triton_problems import HALF, beyond, distance, low_rank_loss, mean_map, with_grad
 
+SLOW = pytest.mark.slow  # the interpreter takes a second for a few tiles
 INTERPRETED = triton_tiles.INTERPRETED.value
 
 
@@ -50,11 +51,11 @@ def run(factors, lengths, scale, device, grad=True):
 @pytest.mark.parametrize(
     ("n", "width", "lengths", "scale"),
     [
-        (70, 40, (70, 0, 33, 64), 0.3),
         (33, 32, (32, 33, 1), -0.2),
-        (35, 64, (35, 17), 0.125),
-        (37, 80, (37, 5), 0.1),
-        (18, 256, (18, 17), 0.0625),
+        pytest.param(70, 40, (70, 0, 33, 64), 0.3, marks=SLOW),
+        pytest.param(35, 64, (35, 17), 0.125, marks=SLOW),
+        pytest.param(37, 80, (37, 5), 0.1, marks=SLOW),
+        pytest.param(18, 256, (18, 17), 0.0625, marks=SLOW),
         (1, 8, (1, 0), 0.5),
         (3, 1, (3, 2), 2.0),
     ],
@@ -75,7 +76,13 @@ def test_float32(n, width, lengths, scale, device):
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(
     ("n", "width", "near", "size"),
-    [(150, 64, None, 1.0), (150, 64, 0.05, 1.0), (77, 80, None, 2.0), (70, 32, None, 0.1), (40, 256, 0.1, 0.5)],
+    [
+        (70, 32, None, 0.1),
+        pytest.param(150, 64, None, 1.0, marks=SLOW),
+        pytest.param(150, 64, 0.05, 1.0, marks=SLOW),
+        pytest.param(77, 80, None, 2.0, marks=SLOW),
+        pytest.param(40, 256, 0.1, 0.5, marks=SLOW),
+    ],
 )
 def test_half_precision(n, width, near, size, dtype, device):
     """The error is that of scores in half precision, which a model's own dense scores are."""
@@ -215,10 +222,10 @@ def map_problem(n, width, lengths, heads, dtype=torch.float32):
 @pytest.mark.parametrize(
     ("n", "width", "lengths", "heads", "chunks", "scale"),
     [
-        (70, 40, (70, 0, 33), 2, (0, 31, 64), 0.3),
         (66, 32, (64, 40), 1, (0,), -0.2),
-        (35, 80, (35, 32), 2, (0, 33), 0.1),
-        (18, 256, (18, 3), 2, (0, 7), 0.0625),
+        pytest.param(70, 40, (70, 0, 33), 2, (0, 31, 64), 0.3, marks=SLOW),
+        pytest.param(35, 80, (35, 32), 2, (0, 33), 0.1, marks=SLOW),
+        pytest.param(18, 256, (18, 3), 2, (0, 7), 0.0625, marks=SLOW),
         (1, 8, (1, 0), 1, (0,), 0.5),
     ],
 )
@@ -242,7 +249,15 @@ def test_mean_map_float32(n, width, lengths, heads, chunks, scale, device):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize(("n", "width", "size"), [(150, 64, 1.0), (77, 80, 1.0), (50, 32, 1e-9), (30, 256, 1e7)])
+@pytest.mark.parametrize(
+    ("n", "width", "size"),
+    [
+        (50, 32, 1e-9),
+        pytest.param(150, 64, 1.0, marks=SLOW),
+        pytest.param(77, 80, 1.0, marks=SLOW),
+        pytest.param(30, 256, 1e7, marks=SLOW),
+    ],
+)
 def test_mean_map_half_precision(n, width, size, dtype, device):
     q, k, lengths, dT = map_problem(n, width, (n, n // 2 + 3), 2, dtype)
     scale, chunks = width**-0.5, (0, n // 3)
@@ -289,6 +304,7 @@ def test_tf32_is_asked_for():
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
+@pytest.mark.slow
 def test_compiles_for_cards_that_are_not_there(tmp_path):
     # Architecture, dtype, heads, n, width, and the tensor cores' instruction
     cases = [

@@ -9,6 +9,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+pytestmark = pytest.mark.docs
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MAKEFILE = (ROOT / "Makefile").read_text()
