@@ -138,7 +138,7 @@ def test_large_logits(dtype, device):
     assert distance(results[0], exact[0]) <= 8 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("dtype", [torch.float32, *(pytest.param(dtype, marks=SLOW) for dtype in HALF)])
 def test_equal_maps(dtype, device):
     (_, _, C, D), lengths = problem(70, 40, (70, 51), dtype=dtype)
     loss, *grads = run([C, D, C, D], lengths, 0.4, device)
@@ -161,7 +161,7 @@ def test_a_constant_of_a_row_cancels(device):
     assert (loss >= 0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("dtype", [torch.float32, *(pytest.param(dtype, marks=SLOW) for dtype in HALF)])
 def test_repeats_bit_by_bit(dtype, device):
     factors, lengths = problem(70, 40, (70, 33), dtype=dtype)
     first, second = run(factors, lengths, 0.3, device), run(factors, lengths, 0.3, device)

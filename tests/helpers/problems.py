@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,6 +22,7 @@ from attncongruence import (
     iais_loss,
     soft_equivalence_loop,
 )
+from attncongruence.fast import streaming, tiles
 
 
 def pairwise(*choices: Iterable[Any]) -> list[tuple[Any, ...]]:
@@ -116,6 +118,12 @@ def problems(draw: st.DrawFn, kind: str, rank: int) -> Problem:
         m=draw(st.integers(1, 9)),
         scale=draw(st.sampled_from([0.3, 1.0, 3.0])),
     )
+
+
+def set_tiles(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """The streaming form as on a machine with a cache of that many bytes."""
+    for module in (tiles, streaming):
+        monkeypatch.setattr(module, "cache_bytes", lambda device: size)
 
 
 def value_and_grad(loss: object, S: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
