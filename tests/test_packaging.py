@@ -100,7 +100,7 @@ def test_the_wheel_alone(built, tmp_path):
     linked = link_distributions(site, CORE)
     unwanted = {"transformers", "timm", "lightning", "matplotlib", "pillow", "torchvision", "tqdm", "numpy"}
     assert not linked & unwanted
-    result = subprocess.run([str(python), "-c", USE_IT], capture_output=True, text=True, cwd=tmp_path)
+    result = subprocess.run([str(python), "-I", "-c", USE_IT], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     present, value, gradient = result.stdout.splitlines()
     assert {canonicalize_name(name) for name in present.split()} == linked | {"attncongruence"}
