@@ -34,6 +34,20 @@ def test_the_layout_is_that_of_the_model(name):
     assert loss > 0
 
 
+def test_without_any_mask_every_position_is_real():
+    model, inputs = CASES["flava"].build()
+    del inputs["attention_mask"]
+    with capture_attention(model) as capture:
+        run(model, inputs)
+        captured = capture.pop()
+    assert captured.allowed is None
+    layout = token_layout(model, inputs, captured)
+    words = inputs["input_ids"].shape[1]
+    # After a multimodal [CLS]: the image's [CLS] and four patches, then the caption.
+    assert layout.image.tolist() == [[False, *[True] * 5, *[False] * words]] * 2
+    assert layout.text.tolist() == [[False] * 6 + [True] * words] * 2
+
+
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "kosmos2", "visual_bert"])
 def test_placeholders_and_given_masks_need_no_record(name):
     case = CASES[name]
