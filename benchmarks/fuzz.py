@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks.record import write
-from tests.fuzzing import EXAMPLES, TALLY
+from tests.helpers.fuzzing import EXAMPLES, TALLY
 
 TESTS = ["tests/test_robustness.py", "tests/test_robustness_training.py"]
 

@@ -9,7 +9,9 @@ import torch
 from attncongruence import TokenLayout, cacr_loss
 from benchmarks import capture_cost, loops, record, report
 from benchmarks.released_loop import cacr_per_sample, uniter_batch
-from tests.problems import assert_close, value_and_grad
+from tests.helpers.problems import assert_close, value_and_grad
+
+pytestmark = pytest.mark.docs
 
 
 @pytest.mark.parametrize("direction", ["language", "vision"])

@@ -14,6 +14,8 @@ from benchmarks.forms import Size, plan_for
 from benchmarks.schema import PARTS, check
 from benchmarks.tables import tables
 
+pytestmark = pytest.mark.docs
+
 MB = 10**6
 SMALL = Size("small", 3, 7, 2)
 

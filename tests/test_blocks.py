@@ -6,7 +6,7 @@ from jaxtyping import TypeCheckError
 
 from attncongruence import AttentionBlocks, TokenLayout, split_attention
 from attncongruence.sources import ScoreSource
-from tests.problems import assert_close, fast, make_problem, randn
+from tests.helpers.problems import assert_close, fast, make_problem, randn
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 7, 7), (2, 7, 7)])

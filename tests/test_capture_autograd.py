@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attncongruence.capture import capture_attention
-from tests.test_capture_hooks import Stack
+from tests.helpers.models import Stack
 from tests.zoo import CASES, run
 
 
@@ -137,6 +137,7 @@ def resident() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm_fused", "vilt"])
 def test_two_hundred_steps_keep_neither_tensors_nor_memory(name):
     model, inputs = CASES[name].build()

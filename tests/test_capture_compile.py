@@ -8,7 +8,8 @@ from torch._dynamo.utils import counters
 from torch.overrides import _get_current_function_mode_stack
 
 from attncongruence.capture import capture_attention
-from tests.test_capture_hooks import Stack, hook_count
+from tests.helpers.models import Stack, hook_count
+from tests.helpers.problems import pairwise
 
 
 @pytest.fixture(autouse=True)
@@ -50,10 +51,17 @@ def steps(model: nn.Module, capture: object, x: Tensor, parameters: list[Tensor]
     return found
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("layers", [-1, "layers.1"])
-@pytest.mark.parametrize("order", ["capture first", "capture the compiled model", "compile in place"])
-def test_compiled_models_are_captured_in_one_graph_compiled_once(kind, layers, order):
+ORDERS = ["capture first", "capture the compiled model", "compile in place"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "order", "layers"),
+    [
+        pytest.param(*each, marks=[] if each[0] == "fused" or each[:2] == ("by hand", ORDERS[0]) else pytest.mark.slow)
+        for each in pairwise(MODELS, ORDERS, [-1, "layers.1"])
+    ],
+)
+def test_compiled_models_are_captured_in_one_graph_compiled_once(kind, order, layers):
     model, x = build(kind)
     parameters = list(model.parameters())
     with capture_attention(model, layers) as capture:

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attncongruence.capture import capture_attention, find_attention
-from tests.test_capture_hooks import Attention, Stack
-from tests.zoo import CASES, run
+from tests.helpers.models import Attention, Stack
+from tests.zoo import CASES, each, run
 
 X = torch.linspace(-1, 1, 160).view(2, 5, 16)
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", each(CASES))
 def test_find_attention_lists_the_layers_that_attend(name):
     case = CASES[name]
     model, _ = case.build()
@@ -173,7 +173,7 @@ def test_cross_attention_with_as_many_queries_as_keys_is_not_the_last_self_atten
         assert capture.pop().layer == "own"
 
 
-@pytest.mark.parametrize("name", ["lxmert", "bridgetower", "blip_itm", "mllama"])
+@pytest.mark.parametrize("name", each(["lxmert", "bridgetower", "blip_itm", "mllama"]))
 def test_the_last_self_attention_of_two_streams_comes_with_a_warning(name):
     model, inputs = CASES[name].build()
     layers = [layer.path for layer in CASES[name].layers.values()]

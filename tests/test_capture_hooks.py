@@ -10,39 +10,10 @@ import weakref
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode_stack
 
 from attncongruence.capture import capture_attention
-
-
-class Attention(nn.Module):
-    """`softmax(q k^T / sqrt(8)) v`, by hand or fused; `trouble` is raised between scores and values."""
-
-    def __init__(self, fused: bool = True) -> None:
-        super().__init__()
-        self.qkv, self.fused, self.trouble = nn.Linear(16, 48), fused, None
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
-        if self.fused:
-            out = F.scaled_dot_product_attention(q, k, v)
-        else:
-            out = (q @ k.transpose(-1, -2) / 8**0.5).softmax(-1) @ v
-        if self.trouble is not None:
-            raise self.trouble
-        return out.transpose(1, 2).flatten(2)
-
-
-class Stack(nn.Module):
-    def __init__(self, layers: int = 2, fused: bool = True) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([Attention(fused) for _ in range(layers)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = x + layer(x)
-        return x
+from tests.helpers.models import Attention, Stack, hook_count
 
 
 @pytest.fixture
@@ -60,11 +31,6 @@ def model() -> Stack:
 def scores_of(layer: Attention, x: Tensor) -> Tensor:
     q, k, _ = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in layer.qkv(x).chunk(3, -1))
     return q @ k.transpose(-1, -2) / 8**0.5
-
-
-def hook_count(model: nn.Module) -> int:
-    dicts = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
-    return sum(len(getattr(module, name)) for module in model.modules() for name in dicts)
 
 
 @pytest.mark.parametrize("layers", [-1, "layers.1"])

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from attncongruence import RELEASED, WEIGHTED_MEAN, cacr_loss
 from attncongruence.capture import capture_attention
-from tests.test_capture_hooks import Attention, Stack
+from tests.helpers.models import Attention, Stack
 
 WORLD = 2
 
@@ -114,6 +114,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Ten
     return [torch.load(f"{folder}/{rank}.pt") for rank in range(WORLD)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", JOBS)
 def test_two_processes_train_like_one(trained, job):
     expected = alone()

@@ -14,6 +14,8 @@ from benchmarks.compositionality.grid import FULL, LOSSES, SMOKE, Runs
 from benchmarks.compositionality.model import Matcher
 from benchmarks.compositionality.train import METHODS, Setting
 
+pytestmark = pytest.mark.docs
+
 TINY = Setting(steps=6, items=64, batch=8, every=3, held_out=10, tested=20, share=0.5)
 
 

@@ -16,6 +16,8 @@ from transformers import ViltForImageAndTextRetrieval, ViltProcessor
 from attncongruence import TokenLayout, capture_attention, exponential_warmup
 from examples import demo
 
+pytestmark = pytest.mark.slow
+
 ITEMS = demo.WORLD.items(60, seed=5)
 
 

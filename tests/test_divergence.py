@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
 from attncongruence import symmetric_kl
-from tests.problems import assert_close, randn
+from tests.helpers.problems import assert_close, randn
 
 
 def test_hand_value():

@@ -10,6 +10,8 @@ import torch
 from benchmarks import capture_cost, conventions, fuzz, report, soak
 from benchmarks.record import committed
 
+pytestmark = pytest.mark.docs
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 # One section is one session: its later blocks see what earlier ones defined.

@@ -5,6 +5,8 @@ import pytest
 from tests.zoo import CASES
 from tests.zoo.table import PAGE, row
 
+pytestmark = pytest.mark.docs
+
 HEAD, *LINES = [
     [cell.strip() for cell in line.strip("|\n").split("|")]
     for line in PAGE.read_text().splitlines()

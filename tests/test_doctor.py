@@ -8,7 +8,8 @@ from torch.utils.checkpoint import checkpoint
 from attncongruence import PRINTED, TokenLayout, cacr_loss, capture_attention, iais_loss
 from attncongruence.doctor import examine
 from attncongruence.doctor.text import as_text
-from tests import training
+from tests.helpers import training
+from tests.helpers.models import ByHandAttention, Plain, X
 from tests.zoo import CASES
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # libraries on their own tiny random models
@@ -131,25 +132,9 @@ def test_the_code_it_prints_runs(name):
         assert names["regularizer"].last.congruence.item() == pytest.approx(expected, rel=1e-5)
 
 
-class Plain(nn.Module):
-    """Two layers; the second as the test wants it."""
-
-    def __init__(self, run=lambda layer, x: layer(x)):
-        super().__init__()
-        layers = [nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True) for _ in range(2)]
-        self.first, self.second = layers
-        self.norm, self.run = nn.BatchNorm1d(16), run
-
-    def forward(self, x):
-        return self.run(self.second, self.norm(self.first(x).mT).mT)
-
-
 def without_gradient(layer, x):
     with torch.no_grad():
         return layer(x)
-
-
-X = (torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(0)),)
 
 
 @pytest.mark.parametrize(
@@ -182,18 +167,6 @@ def test_a_frozen_layer_that_others_feed_is_no_trouble():
     report = examine(model, X, 3, rounds=1)
     assert report.ok
     assert report.notes == ["second.self_attn is frozen: the loss trains 14 parameters before it."]
-
-
-class ByHandAttention(nn.Module):
-    """Exp and sum: no softmax that could be seen."""
-
-    def __init__(self):
-        super().__init__()
-        self.q, self.k, self.v = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
-
-    def forward(self, x):
-        weights = (self.q(x) @ self.k(x).mT).exp()
-        return weights / weights.sum(-1, keepdim=True) @ self.v(x)
 
 
 def test_attention_that_cannot_be_seen():

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # transformers on its own tin
 PAGE = Path(__file__).parent.parent / "docs" / "doctor.md"
 
 FACTORIES = """
-from tests.test_doctor import X, ByHandAttention, Plain
+from tests.helpers.models import X, ByHandAttention, Plain
 
 good = lambda: (Plain(), X, 3)
 frozen = lambda: (Plain().requires_grad_(False), X, 3)

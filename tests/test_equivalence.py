@@ -15,7 +15,7 @@ from attncongruence.equivalence import (
     without_unmatched,
 )
 from attncongruence.quadrants import Quadrants
-from tests.problems import assert_close, randn
+from tests.helpers.problems import assert_close, randn
 
 NO_MASKS = Quadrants(None, None, None, None)
 

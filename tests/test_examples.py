@@ -8,6 +8,8 @@ from attncongruence import PRINTED, WEIGHTED_MEAN, cacr_loss, capture_attention
 from attncongruence.integrations.huggingface import token_layout
 from examples import add_cacr, compare_conventions, look_at_congruence
 
+pytestmark = pytest.mark.docs
+
 
 def test_add_cacr_trains_both_losses(capsys):
     with_it, without = add_cacr.main(), add_cacr.main(scale=0.0)

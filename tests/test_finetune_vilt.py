@@ -15,7 +15,9 @@ from transformers import BertConfig, ViltForImageAndTextRetrieval, ViltProcessor
 from attncongruence import cacr_loss, capture_attention, exponential_warmup, iais_loss, winoground_scores
 from examples import demo, finetune_vilt
 from examples.ranking_data import Queries, Ranking, rank_batch, read_flickr, read_winoground
-from tests.finetuning import EXAMPLES, STEPS, Run, column, command, make_tiny, same, weights
+from tests.helpers.finetuning import EXAMPLES, STEPS, Run, column, command, make_tiny, same, weights
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 

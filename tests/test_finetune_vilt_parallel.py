@@ -16,7 +16,9 @@ import pytest
 
 from examples import finetune_vilt
 from examples.run_folder import last_checkpoint
-from tests.finetuning import column, command, make_tiny, same, weights
+from tests.helpers.finetuning import column, command, make_tiny, same, weights
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 

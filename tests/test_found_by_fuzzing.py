@@ -32,7 +32,7 @@ from attncongruence import (
     symmetric_kl,
     winoground_scores,
 )
-from tests.problems import randn
+from tests.helpers.problems import randn
 
 S = randn(2, 2, 6, 6)
 MASK = torch.ones(2, 6, dtype=torch.bool)

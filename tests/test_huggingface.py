@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from attncongruence import cacr_loss, capture_attention
 from attncongruence.integrations.huggingface import token_layout
-from tests.test_capture_hooks import hook_count
+from tests.helpers.models import hook_count
 from tests.zoo import CASES, run
 
 HF = [name for name, case in CASES.items() if "S" in case.layers and not name.startswith(("timm", "torch"))]
@@ -32,6 +32,20 @@ def test_the_layout_is_that_of_the_model(name):
     loss = cacr_loss(captured, layout, direction=direction)
     assert torch.isfinite(loss)
     assert loss > 0
+
+
+def test_without_any_mask_every_position_is_real():
+    model, inputs = CASES["flava"].build()
+    del inputs["attention_mask"]
+    with capture_attention(model) as capture:
+        run(model, inputs)
+        captured = capture.pop()
+    assert captured.allowed is None
+    layout = token_layout(model, inputs, captured)
+    words = inputs["input_ids"].shape[1]
+    # After a multimodal [CLS]: the image's [CLS] and four patches, then the caption.
+    assert layout.image.tolist() == [[False, *[True] * 5, *[False] * words]] * 2
+    assert layout.text.tolist() == [[False] * 6 + [True] * words] * 2
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "kosmos2", "visual_bert"])

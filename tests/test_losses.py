@@ -1,5 +1,6 @@
 """The losses: the released codes' numbers, hand values, properties, gradients, extremes, half precision."""
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -26,13 +27,15 @@ from attncongruence import (
     split_attention,
     symmetric_kl,
 )
-from tests.problems import (
+from tests.helpers.problems import (
     CASES,
     CONVENTIONS,
     DIRECTIONS,
+    KINDS,
     assert_close,
     fast,
     make_problem,
+    pairwise,
     problems,
     randn,
     slow,
@@ -40,18 +43,14 @@ from tests.problems import (
 )
 
 every_case = pytest.mark.parametrize(("name", "convention"), CASES)
-every_direction = pytest.mark.parametrize("direction", DIRECTIONS)
-
 
 # ---------------------------------------------------------------- the released codes
 
 RELEASED_CODE = {k: torch.from_numpy(v) for k, v in np.load(Path(__file__).parent / "data/released_code.npz").items()}
 
 
-@pytest.mark.parametrize("oracle", [fast, slow])
-@pytest.mark.parametrize("way", ["layout", "mask"])
 @pytest.mark.parametrize("which", ["L-soft", "V-soft", "L-singular", "V-singular", "L-distributed", "V-distributed"])
-def test_released_code(which, way, oracle):
+def test_released_code(which):
     data = RELEASED_CODE
     heads = int(data["num_heads"])
 
@@ -64,16 +63,15 @@ def test_released_code(which, way, oracle):
     side, alignment = which.split("-")
     name = "cacr" if alignment == "soft" else alignment
     direction = {"L": "language", "V": "vision"}[side]
-    if way == "layout":
-        where = {"n_text": TokenLayout(data["text_mask"], data["image_mask"])}
-    else:
-        where = {"n_text": int(data["n_text"]), "mask": data["text_mask"] | data["image_mask"]}
-    hidden = data["hidden"].clone().requires_grad_()
-    loss = oracle(name, scores(hidden), direction=direction, **where)
-    (grad,) = torch.autograd.grad(loss, hidden)
-    torch.testing.assert_close(loss.detach(), data[f"loss_{which}"], rtol=1e-9, atol=0)
-    expected = data[f"grad_{which}"]
-    torch.testing.assert_close(grad, expected, rtol=0, atol=1e-9 * float(expected.abs().max()))
+    layout = {"n_text": TokenLayout(data["text_mask"], data["image_mask"])}
+    masked = {"n_text": int(data["n_text"]), "mask": data["text_mask"] | data["image_mask"]}
+    for ours, where in itertools.product((fast, slow), (layout, masked)):
+        hidden = data["hidden"].clone().requires_grad_()
+        loss = ours(name, scores(hidden), direction=direction, **where)
+        (grad,) = torch.autograd.grad(loss, hidden)
+        torch.testing.assert_close(loss.detach(), data[f"loss_{which}"], rtol=1e-9, atol=0)
+        expected = data[f"grad_{which}"]
+        torch.testing.assert_close(grad, expected, rtol=0, atol=1e-9 * float(expected.abs().max()))
 
 
 # ---------------------------------------------------------------- hand values and the relations between the losses
@@ -101,10 +99,14 @@ def test_hand_values():
 def test_both_is_the_sum_of_the_directions(name, convention):
     problem = make_problem("ragged", 4, seed=5)
     one, other, both = (
-        fast(name, problem.S, problem.n_text, mask=problem.mask, convention=convention, direction=direction)
+        value_and_grad(
+            lambda S, d=direction: fast(name, S, problem.n_text, mask=problem.mask, convention=convention, direction=d),
+            problem.S,
+        )
         for direction in DIRECTIONS
     )
-    assert_close(both, one + other, 1e-12)
+    for language, vision, whole in zip(one, other, both, strict=True):
+        assert_close(whole, language + vision, 1e-12)
 
 
 def test_weighted_mean_tends_to_singular_as_the_temperature_falls():
@@ -149,12 +151,12 @@ def test_released_detaches_the_equivalence():
 # ---------------------------------------------------------------- properties
 
 
-@every_case
-@every_direction
-@hypothesis.settings(max_examples=5)
+@pytest.mark.parametrize(
+    ("name", "convention", "direction", "kind"), [(*case, *rest) for case, *rest in pairwise(CASES, DIRECTIONS, KINDS)]
+)
+@hypothesis.settings(max_examples=3)
 @hypothesis.given(data=st.data())
-def test_masked_equals_sliced(data, name, convention, direction):
-    kind = data.draw(st.sampled_from(["int", "ragged", "interleaved"]))
+def test_masked_equals_sliced(data, name, convention, direction, kind):
     problem = data.draw(problems(kind, 4))
     options = {"convention": convention, "direction": direction}
     value, grad = value_and_grad(
@@ -174,19 +176,19 @@ def test_masked_equals_sliced(data, name, convention, direction):
 
 
 @every_case
-@pytest.mark.parametrize("garbage", [float("nan"), 1e30, float("inf"), float("-inf")])
 @pytest.mark.parametrize("padding", [1, 5])
-def test_padding_changes_nothing_whatever_it_holds(name, convention, garbage, padding):
+def test_padding_changes_nothing_whatever_it_holds(name, convention, padding):
     S = randn(2, 2, 8, 8)
     value, grad = value_and_grad(lambda S: fast(name, S, 3, convention=convention), S)
-    wide = torch.full((2, 2, 8 + padding, 8 + padding), garbage, dtype=torch.float64)
     # Padding behind the text, as tokenizers put it: 3 text, padding, 5 image.
     kept = torch.cat([torch.arange(3), torch.arange(3 + padding, 8 + padding)])
-    wide[:, :, kept[:, None], kept[None, :]] = S
     mask = torch.zeros(2, 8 + padding, dtype=torch.bool)
     mask[:, kept] = True
     layout = TokenLayout(mask & (torch.arange(8 + padding) < 3), mask & (torch.arange(8 + padding) >= 3))
-    for where in ({"n_text": 3 + padding, "mask": mask}, {"n_text": layout}):
+    ways = ({"n_text": 3 + padding, "mask": mask}, {"n_text": layout})
+    for garbage, where in itertools.product((math.nan, 1e30, math.inf, -math.inf), ways):
+        wide = torch.full((2, 2, 8 + padding, 8 + padding), garbage, dtype=torch.float64)
+        wide[:, :, kept[:, None], kept[None, :]] = S
         padded, padded_grad = value_and_grad(lambda S, w=where: fast(name, S, convention=convention, **w), wide)
         assert_close(padded, value, 1e-12)
         assert_close(padded_grad[:, :, kept[:, None], kept[None, :]], grad, 1e-12)
@@ -240,8 +242,7 @@ def test_streams_of_different_heads(name, convention):
 
 
 @every_case
-@every_direction
-def test_gradcheck(name, convention, direction):
+def test_gradcheck(name, convention):
     problem = make_problem("interleaved", 4, seed=11, n=3, m=4)
     # Detached E is a constant to autograd but not to finite differences: leave it attached for the check.
     attached = replace(CONVENTIONS[convention], detach_equivalence=False)
@@ -249,49 +250,46 @@ def test_gradcheck(name, convention, direction):
     extra = {} if name == "cacr" else {"alignment": name}
     S = problem.S.clone().requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda S: loss(S, problem.n_text, convention=attached, direction=direction, reduction="none", **extra), S
+        lambda S: loss(S, problem.n_text, convention=attached, direction="both", reduction="none", **extra), S
     )
 
 
 @every_case
-@every_direction
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_finite_at_extreme_logits(name, convention, direction, dtype):
+def test_finite_at_extreme_logits(name, convention):
     # +-200: most probabilities are exactly 0 in float32
-    S = torch.where(randn(2, 3, 9, 9) > 0, 200.0, -200.0).to(dtype)
-    assert (S.softmax(-1).float() == 0).any()
-    value, grad = value_and_grad(lambda S: fast(name, S, 4, convention=convention, direction=direction), S)
-    assert torch.isfinite(value)
-    assert torch.isfinite(grad).all()
-    assert value > 0
+    for dtype, direction in itertools.product((torch.float32, torch.float64), DIRECTIONS):
+        S = torch.where(randn(2, 3, 9, 9) > 0, 200.0, -200.0).to(dtype)
+        assert (S.softmax(-1).float() == 0).any()
+        value, grad = value_and_grad(lambda S, d=direction: fast(name, S, 4, convention=convention, direction=d), S)
+        assert torch.isfinite(value)
+        assert torch.isfinite(grad).all()
+        assert value > 0
 
 
 @every_case
-@pytest.mark.parametrize(("n", "m"), [(1, 5), (5, 1), (1, 1)])
-def test_one_token_modalities(name, convention, n, m):
-    S = randn(2, 2, n + m, n + m)
-    value, grad = value_and_grad(lambda S: fast(name, S, n, convention=convention, reduction="none"), S)
-    assert_close(value, slow(name, S, n, convention=convention, reduction="none"), 1e-12)
-    assert torch.isfinite(grad).all()
+def test_one_token_modalities(name, convention):
+    for n, m in ((1, 5), (5, 1), (1, 1)):
+        S = randn(2, 2, n + m, n + m)
+        value, grad = value_and_grad(lambda S, n=n: fast(name, S, n, convention=convention, reduction="none"), S)
+        assert_close(value, slow(name, S, n, convention=convention, reduction="none"), 1e-12)
+        assert torch.isfinite(grad).all()
 
 
 @every_case
-@every_direction
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_a_missing_modality_costs_exactly_nothing(name, convention, direction, reduction):
+def test_a_missing_modality_costs_exactly_nothing(name, convention):
     S = torch.full((2, 2, 6, 6), float("nan"), dtype=torch.float64)
     nothing = torch.zeros(2, 6, dtype=torch.bool)
-    for where in (
+    ways = (
         {"n_text": 0},
         {"n_text": 6},
         {"n_text": torch.tensor([0, 6])},
         {"n_text": 3, "mask": nothing},
         {"n_text": TokenLayout(nothing, ~nothing)},
         {"n_text": TokenLayout(nothing, nothing)},
-    ):
-        value, grad = value_and_grad(
-            lambda S, w=where: fast(name, S, convention=convention, direction=direction, reduction=reduction, **w), S
-        )
+    )
+    for where, direction, reduction in itertools.product(ways, DIRECTIONS, ("mean", "sum", "none")):
+        options = {**where, "direction": direction, "reduction": reduction}
+        value, grad = value_and_grad(lambda S, o=options: fast(name, S, convention=convention, **o), S)
         assert (value == 0).all()
         assert (grad == 0).all()
 
@@ -309,10 +307,9 @@ def test_an_empty_batch_is_zero():
 
 
 @every_case
-@pytest.mark.parametrize("block", ["LL", "LV", "VL", "VV"])
-def test_nan_scores_are_passed_on(name, convention, block):
+def test_nan_scores_are_passed_on(name, convention):
     used = {"cacr": "LL LV VV", "singular": "LL LV VV", "distributed": "LL LV VL"}[name].split()
-    for mask in (None, torch.ones(1, 9, dtype=torch.bool)):
+    for block, mask in itertools.product(("LL", "LV", "VL", "VV"), (None, torch.ones(1, 9, dtype=torch.bool))):
         S = randn(1, 2, 9, 9)
         getattr(split_attention(S, 4), block)[0, 0, 1, 1] = float("nan")
         value = fast(name, S, 4, mask=mask, convention=convention, direction="language")
@@ -336,9 +333,10 @@ def test_causal_decoders_have_a_language_side_only():
         cacr_loss(S, 3, mask=causal, direction="language")
 
 
-@pytest.mark.parametrize("name", ["cacr", "singular"])
-@pytest.mark.parametrize("convention", ["RELEASED", "WEIGHTED_MEAN"])
-@pytest.mark.parametrize("kind", ["all", "causal", "some"])
+@pytest.mark.parametrize(
+    ("name", "convention", "kind"),
+    pairwise(("cacr", "singular"), ("RELEASED", "WEIGHTED_MEAN"), ("all", "causal", "some")),
+)
 def test_what_is_added_to_a_row_of_scores_changes_attention_and_loss_by_nothing(name, convention, kind):
     S, shift = randn(3, 2, 9, 9), 30 * randn(3, 2, 9, 1, seed=1)
     some = torch.rand(3, 2, 9, 9, generator=torch.Generator().manual_seed(2)) < 0.7
@@ -374,14 +372,14 @@ def test_weighted_mean_of_the_pairs_that_may_attend_by_hand():
 
 
 @every_case
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_errs_no_more_than_its_input_does(name, convention, dtype):
+def test_half_precision_errs_no_more_than_its_input_does(name, convention):
     S = randn(8, 4, 30, 30, seed=3)
     exact = fast(name, S, 10, convention=convention, reduction="none")
-    rounded = fast(name, S.to(dtype).double(), 10, convention=convention, reduction="none")
-    half = fast(name, S.to(dtype), 10, convention=convention, reduction="none")
-    assert half.dtype == torch.float32
-    assert (half - exact).norm() <= 2 * (rounded - exact).norm()
+    for dtype in (torch.bfloat16, torch.float16):
+        rounded = fast(name, S.to(dtype).double(), 10, convention=convention, reduction="none")
+        half = fast(name, S.to(dtype), 10, convention=convention, reduction="none")
+        assert half.dtype == torch.float32
+        assert (half - exact).norm() <= 2 * (rounded - exact).norm()
 
 
 def test_half_precision_is_finite_where_it_would_overflow():
@@ -440,7 +438,6 @@ S = randn(2, 2, 6, 6)
 MASK = torch.ones(2, 6, dtype=torch.bool)
 
 
-@pytest.mark.parametrize("loss", [cacr_loss, iais_loss, soft_equivalence_loop, hard_equivalence_loop])
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
@@ -485,25 +482,27 @@ MASK = torch.ones(2, 6, dtype=torch.bool)
         ((S, torch.tensor([3, 3]).to("meta")), {}, ValueError, "n_text on meta"),
     ],
 )
-def test_rejects(loss, arguments, options, error, message):
-    with pytest.raises(error, match=message):
-        loss(*arguments, **options)
+def test_rejects(arguments, options, error, message):
+    for loss in (cacr_loss, iais_loss, soft_equivalence_loop, hard_equivalence_loop):
+        with pytest.raises(error, match=message):
+            loss(*arguments, **options)
 
 
-@pytest.mark.parametrize("loss", [iais_loss, hard_equivalence_loop])
-def test_rejects_of_iais(loss):
-    with pytest.raises(ValueError, match="alignment='soft' is not known: it must be one of 'singular', 'distributed'"):
-        loss(S, 3, alignment="soft")
-    for convention in (PRINTED, WEIGHTED_MEAN):
-        with pytest.raises(ValueError, match="alignment='distributed' is not defined on raw scores"):
-            loss(S, 3, alignment="distributed", convention=convention)
+def test_rejects_of_iais():
+    soft = "alignment='soft' is not known: it must be one of 'singular', 'distributed'"
+    for loss in (iais_loss, hard_equivalence_loop):
+        with pytest.raises(ValueError, match=soft):
+            loss(S, 3, alignment="soft")
+        for convention in (PRINTED, WEIGHTED_MEAN):
+            with pytest.raises(ValueError, match="alignment='distributed' is not defined on raw scores"):
+                loss(S, 3, alignment="distributed", convention=convention)
 
 
-@pytest.mark.parametrize("direction", ["vision", "both"])
-def test_rejects_a_vision_side_without_VL(direction):
+def test_rejects_a_vision_side_without_VL():
     blocks = AttentionBlocks.from_streams(LL=randn(1, 2, 2), LV=randn(1, 2, 3), VV=randn(1, 3, 3))
     assert cacr_loss(blocks, direction="language") > 0
-    with pytest.raises(ValueError, match="these blocks have no VL, which this loss and direction need"):
-        cacr_loss(blocks, direction=direction)
+    for direction in ("vision", "both"):
+        with pytest.raises(ValueError, match="these blocks have no VL, which this loss and direction need"):
+            cacr_loss(blocks, direction=direction)
     with pytest.raises(ValueError, match="these blocks have no VL"):
         iais_loss(blocks, direction="language", alignment="distributed")

@@ -18,8 +18,8 @@ from attncongruence import (
     split_attention,
 )
 from attncongruence._typing import REMEDIES
-from tests.problems import randn
-from tests.test_robustness_training import Tiny
+from tests.helpers.models import Tiny
+from tests.helpers.problems import randn
 
 S, zeros = randn(2, 4, 9, 9), torch.zeros
 STREAMS = {"LL": zeros(1, 6, 6), "LV": zeros(1, 6, 8), "VL": zeros(1, 8, 6), "VV": zeros(1, 8, 8)}

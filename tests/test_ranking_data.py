@@ -13,7 +13,7 @@ from transformers import ViltProcessor
 
 from examples import demo
 from examples.ranking_data import Picture, Queries, Ranking, rank_batch, read_flickr, read_winoground
-from tests.finetuning import EXAMPLES, SCENES, make_tiny
+from tests.helpers.finetuning import EXAMPLES, SCENES, make_tiny
 
 
 @pytest.fixture(scope="module")

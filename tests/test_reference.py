@@ -6,17 +6,28 @@ import torch
 from hypothesis import strategies as st
 
 from attncongruence import TokenLayout
-from tests.problems import CASES, DIRECTIONS, assert_close, fast, make_problem, problems, randn, slow, value_and_grad
+from tests.helpers.problems import (
+    CASES,
+    DIRECTIONS,
+    KINDS,
+    assert_close,
+    fast,
+    make_problem,
+    pairwise,
+    problems,
+    randn,
+    slow,
+    value_and_grad,
+)
 
 
-@pytest.mark.parametrize("rank", [3, 4])
-@pytest.mark.parametrize("kind", ["int", "ragged", "interleaved"])
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize(("name", "convention"), CASES)
-@hypothesis.settings(max_examples=3)
+@pytest.mark.parametrize(
+    ("name", "convention", "direction", "kind", "rank"),
+    [(*case, *rest) for case, *rest in pairwise(CASES, DIRECTIONS, KINDS, (4, 3))],
+)
+@hypothesis.settings(max_examples=5)
 @hypothesis.given(data=st.data())
 def test_dense_equals_loop(data, name, convention, direction, kind, rank):
-    # 7 cases x 3 directions x 3 layouts x 2 ranks x 3 examples = 378 problems
     problem = data.draw(problems(kind, rank))
     options = {"mask": problem.mask, "convention": convention, "direction": direction, "reduction": "none"}
     value, grad = value_and_grad(lambda S: fast(name, S, problem.n_text, **options), problem.S)

@@ -30,8 +30,8 @@ from attncongruence import (
     symmetric_kl,
     winoground_scores,
 )
-from tests.fuzzing import FLOATS, HALF, INTEGERS, fuzz, in_memory, outcome, scores, spoiled
-from tests.problems import CASES, CONVENTIONS, DIRECTIONS, LOSSES, assert_close, fast, randn, slow
+from tests.helpers.fuzzing import FLOATS, HALF, INTEGERS, fuzz, in_memory, outcome, scores, spoiled
+from tests.helpers.problems import CASES, CONVENTIONS, DIRECTIONS, LOSSES, assert_close, fast, randn, slow
 
 REDUCTIONS = ("mean", "sum", "none")
 FUNCTIONS = {"cacr": "cacr_loss", "singular": "iais_loss", "distributed": "iais_loss"}

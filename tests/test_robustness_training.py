@@ -5,24 +5,12 @@ import math
 import pytest
 import torch
 from hypothesis import strategies as st
-from torch import nn
 
 from attncongruence import CACRLoss, capture_attention, regularize
 from benchmarks import soak
-from tests.fuzzing import fuzz, outcome
-from tests.problems import randn
-
-
-class Tiny(nn.Module):
-    """One self-attention over a sequence whose first tokens are text."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.project = nn.Linear(4, 8)
-
-    def forward(self, x):
-        query, key = self.project(x)[:, None].chunk(2, -1)
-        return {"loss": nn.functional.scaled_dot_product_attention(query, key, key).square().mean()}
+from tests.helpers.fuzzing import fuzz, outcome
+from tests.helpers.models import Tiny
+from tests.helpers.problems import randn
 
 
 @fuzz(7)
@@ -58,6 +46,7 @@ def test_regularize(data):
                 torch.testing.assert_close(CACRLoss()(record, n_text), last.congruence)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_short_soak():
     results = soak.measure(60)

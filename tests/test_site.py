@@ -17,6 +17,8 @@ from mkdocs.config import load_config
 
 import attncongruence
 
+pytestmark = pytest.mark.docs
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 # Public, but not imported by the root: they need a framework, or are a tool of their own.

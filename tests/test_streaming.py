@@ -23,39 +23,31 @@ from attncongruence import (
     capture_attention,
     iais_loss,
     split_attention,
-    symmetric_kl,
 )
-from attncongruence.divergence import there_and_back
-from attncongruence.fast import streaming, tiles
-from attncongruence.fast.low_rank import low_rank_kl
-from attncongruence.fast.mean_map import mean_map
-from tests.problems import (
+from attncongruence.fast import streaming
+from tests.helpers.problems import (
     CASES,
     CONVENTIONS,
     DIRECTIONS,
+    KINDS,
     LOSSES,
     Problem,
     assert_close,
     fast,
     make_problem,
+    pairwise,
     randn,
+    set_tiles,
     slow,
 )
 
 every_case = pytest.mark.parametrize(("name", "convention"), CASES)
-every_direction = pytest.mark.parametrize("direction", DIRECTIONS)
-every_kind = pytest.mark.parametrize("kind", ["int", "ragged", "interleaved"])
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of a few rows: of 9 rows, 2 or 3 at a time."""
     set_tiles(monkeypatch, 700)
-
-
-def set_tiles(monkeypatch, size):
-    for module in (tiles, streaming):
-        monkeypatch.setattr(module, "cache_bytes", lambda device: size)
 
 
 def queries_and_keys(S, width=3, heads=None, seed=0, dtype=torch.float64):
@@ -79,131 +71,12 @@ def assert_streaming_is_dense(loss, q, k, tolerance=1e-10):
     return ours
 
 
-# ---------------------------------------------------------------- the two operators
-
-
-def factors(batch=3, heads=2, n=9, width=4, lengths=(9, 0, 5)):
-    lengths = torch.tensor(lengths)
-    real = torch.arange(n) < lengths[:, None]
-    made = [randn(batch, heads, n, width, seed=seed) * real[:, None, :, None] for seed in range(4)]
-    return [x.requires_grad_() for x in made], lengths
-
-
-def low_rank_by_hand(A, B, C, D, lengths, scale):
-    each = []
-    for sample, n in enumerate(lengths.tolist()):
-        a, b, c, d = (x[sample, :, :n] for x in (A, B, C, D))
-        each.append(
-            symmetric_kl(scale * a @ b.mT, scale * c @ d.mT).sum(-1)
-            if n
-            else 0 * sum(x[sample].sum((1, 2)) for x in (A, B, C, D))
-        )
-    return torch.stack(each)
-
-
-@pytest.mark.parametrize("cache", [1, 700, 2000, 10**6])
-@pytest.mark.parametrize("lengths", [(9, 0, 5), (9, 9, 9), (1, 1, 0), (0, 0, 0)])
-def test_low_rank_kl(monkeypatch, cache, lengths):
-    set_tiles(monkeypatch, cache)
-    inputs, lengths = factors(lengths=lengths)
-    weights = randn(3, 2, seed=9)
-    loss, expected = low_rank_kl(*inputs, lengths, 0.7), low_rank_by_hand(*inputs, lengths, 0.7)
-    assert_close(loss, expected, 1e-13)
-    grads, wanted = (torch.autograd.grad((x * weights).sum(), inputs) for x in (loss, expected))
-    for ours, theirs in zip(grads, wanted, strict=True):
-        assert_close(ours, theirs, 1e-13)
-
-
-def map_inputs(n=9, lengths=(9, 0, 5)):
-    lengths = torch.tensor(lengths)
-    real = (torch.arange(n) < lengths[:, None]).double()
-    q, k = (randn(3, 2, n, 2, seed=seed) * real[:, None, :, None] for seed in (0, 1))
-    E, G = randn(3, 4, n, seed=2).softmax(-1) * real[:, None], randn(3, n, 3, seed=3).softmax(-1) * real[..., None]
-    F = randn(3, n, 3, seed=4).softmax(-1) * real[..., None]
-    return [x.requires_grad_() for x in (q, k, E, F, G)], lengths
-
-
-def map_by_hand(q, k, E, F, G, lengths, target):
-    R, losses = [], []
-    for sample, n in enumerate(lengths.tolist()):
-        T = (0.7 * q[sample, :, :n] @ k[sample, :, :n].mT).softmax(-1).mean(0)
-        R.append(E[sample, :, :n] @ T @ E[sample, :, :n].mT)
-        X = F[sample, :n] @ G[sample, :n].mT
-        rows = {
-            "softmax": lambda X=X, T=T: symmetric_kl(X, T),
-            "log": lambda X=X, T=T: symmetric_kl(X, T.log()),
-            "distributed": lambda X=X, T=T: there_and_back(X, T, 1e-3),
-        }
-        losses.append(rows[target]().sum())
-    return torch.stack(R), torch.stack(losses)
-
-
-@pytest.mark.parametrize("cache", [1, 1500, 4000, 10**6])
-@pytest.mark.parametrize("target", ["softmax", "log", "distributed"])
-@pytest.mark.parametrize("asked", ["both", "projection", "divergence"])
-def test_mean_map(monkeypatch, cache, target, asked):
-    set_tiles(monkeypatch, cache)
-    inputs, lengths = map_inputs()
-    q, k, E, F, G = inputs
-    R, loss = mean_map(
-        q,
-        k,
-        None if asked == "divergence" else E,
-        *((None, None) if asked == "projection" else (F, G)),
-        lengths,
-        0.7,
-        target,
-        1e-3,
-    )
-    expected_R, expected = map_by_hand(*inputs, lengths, target)
-    ours, theirs = [], []
-    if asked != "divergence":
-        assert_close(R, expected_R, 1e-13)
-        ours.append((R * randn(*R.shape, seed=7)).sum())
-        theirs.append((expected_R * randn(*R.shape, seed=7)).sum())
-    if asked != "projection":
-        assert_close(loss, expected, 1e-12)
-        ours.append((loss * randn(3, seed=8)).sum())
-        theirs.append((expected * randn(3, seed=8)).sum())
-    used = {"both": inputs, "projection": inputs[:3], "divergence": [q, k, F, G]}[asked]
-    for a, b in zip(torch.autograd.grad(sum(ours), used), torch.autograd.grad(sum(theirs), used), strict=True):
-        assert_close(a, b, 1e-12)
-
-
-def test_operators_pass_gradcheck(small_tiles):
-    inputs, lengths = factors(heads=1, n=4, width=2, lengths=(4, 0, 3))
-    assert torch.autograd.gradcheck(lambda *x: low_rank_kl(*x, lengths, 0.7), inputs)
-    inputs, lengths = map_inputs(n=4, lengths=(4, 1, 3))
-    for target in ("softmax", "log", "distributed"):
-        assert torch.autograd.gradcheck(lambda *x, t=target: mean_map(*x, lengths, 0.7, t, 1e-3), inputs)
-
-
-def test_tiles_cover_every_row_of_every_map_once(monkeypatch):
-    for maps, n, size in itertools.product((1, 2, 5), (1, 7, 600), (1, 5000, 10**6)):
-        set_tiles(monkeypatch, size)
-        cut = tiles.Tiles(maps, n, 4, torch.zeros(1))
-        seen = torch.zeros(maps, n)
-        for which, rows in cut:
-            seen[which, rows] += 1
-            buffers = cut.buffers(which, rows)
-            assert [tuple(x.shape) for x in buffers] == [(which.stop - which.start, rows.stop - rows.start, n)] * 4
-            spans = sorted((x.data_ptr(), x.data_ptr() + 4 * x.numel()) for x in buffers)
-            assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
-            # No more than the cache holds, but for a single row.
-            assert 16 * buffers[0].numel() <= max(size, 16 * n)
-        assert (seen == 1).all()
-
-
-def test_tiles_are_made_for_the_cache_of_this_machine():
-    assert 2**16 <= tiles.cache_bytes(torch.device("cpu")) <= 2**24
-
-
 # ---------------------------------------------------------------- equals the dense form
 
 
-@every_case
-@every_direction
-@every_kind
+@pytest.mark.parametrize(
+    ("name", "convention", "direction", "kind"), [(*case, *rest) for case, *rest in pairwise(CASES, DIRECTIONS, KINDS)]
+)
 @settings(max_examples=4)
 @given(data=st.data())
 def test_streaming_is_dense(name, convention, direction, kind, data):
@@ -270,8 +143,9 @@ def test_any_convention_of_ones_own(name, small_tiles):
             )
 
 
-@every_case
-@every_direction
+@pytest.mark.parametrize(
+    ("name", "convention", "direction"), [(*case, way) for case, way in zip(CASES, 3 * DIRECTIONS, strict=False)]
+)
 def test_streaming_is_algorithm_1(name, convention, direction, small_tiles):
     problem = make_problem("interleaved", 4, seed=3, n=4, m=5)
     q, k = queries_and_keys(problem.S)
@@ -327,14 +201,13 @@ def test_queries_and_keys_are_their_scores():
 
 
 @every_case
-@pytest.mark.parametrize("junk", [float("nan"), float("inf"), 1e30])
-def test_padding_changes_nothing(name, convention, junk, small_tiles):
+def test_padding_changes_nothing(name, convention, small_tiles):
     problem = make_problem("ragged", 4, seed=4, batch=3, n=5, m=6)
     padding = ~(problem.text | problem.image)
     assert padding.any()
     q, k = (x.detach() for x in queries_and_keys(problem.S))
     results = []
-    for value in (0.0, junk):
+    for value in (0.0, float("nan"), float("inf"), 1e30):
         dirty = [x.masked_fill(padding[:, None, :, None], value).requires_grad_() for x in (q, k)]
         results.append(
             value_and_grads(
@@ -350,49 +223,51 @@ def test_padding_changes_nothing(name, convention, junk, small_tiles):
                 *dirty,
             )
         )
-    for clean, ours in zip(*results, strict=True):
-        assert torch.equal(clean, ours)
-        assert torch.isfinite(ours).all()
-    for grad in results[1][1:]:
-        assert (grad.mT[padding[:, None, None].expand_as(grad.mT)] == 0).all()
+    for dirty in results[1:]:
+        for clean, ours in zip(results[0], dirty, strict=True):
+            assert torch.equal(clean, ours)
+            assert torch.isfinite(ours).all()
+        for grad in dirty[1:]:
+            assert (grad.mT[padding[:, None, None].expand_as(grad.mT)] == 0).all()
 
 
 @every_case
-@pytest.mark.parametrize("where", ["query of an image token", "key of an image token", "query of a text token"])
-def test_nan_is_passed_on(name, convention, where):
-    q, k = (x.detach().clone() for x in queries_and_keys(torch.zeros(1, 2, 9, 9)))
-    (k if "key" in where else q)[0, 1, 6 if "image" in where else 2, 0] = float("nan")
-    for impl in ("dense", "streaming"):
-        assert fast(name, QueryKey(q, k), 4, convention=convention, impl=impl).isnan()
+def test_nan_is_passed_on(name, convention):
+    for where in ("query of an image token", "key of an image token", "query of a text token"):
+        q, k = (x.detach().clone() for x in queries_and_keys(torch.zeros(1, 2, 9, 9)))
+        (k if "key" in where else q)[0, 1, 6 if "image" in where else 2, 0] = float("nan")
+        for impl in ("dense", "streaming"):
+            assert fast(name, QueryKey(q, k), 4, convention=convention, impl=impl).isnan(), where
 
 
 @every_case
-@every_direction
-def test_finite_at_extreme_logits(name, convention, direction):
+def test_finite_at_extreme_logits(name, convention):
     # Scores of +-200 in float32: most probabilities are exactly 0.
     signs = [torch.where(randn(2, 3, 9, 4, seed=seed) > 0, 1.0, -1.0).float().requires_grad_() for seed in (0, 1)]
     assert (50 * (signs[0] @ signs[1].mT)).abs().max() == 200
 
-    def loss(source, impl):
-        return fast(
-            name, QueryKey(source.query, source.key, 50.0), 4, convention=convention, direction=direction, impl=impl
-        )
+    def loss(source, **options):
+        return fast(name, QueryKey(source.query, source.key, 50.0), 4, convention=convention, **options)
 
-    dense, ours = (value_and_grads(lambda s, i=impl: loss(s, i), *signs) for impl in ("dense", "streaming"))
-    for a, b in zip(ours, dense, strict=True):
-        assert torch.isfinite(a).all()
-        assert_close(a, b, 1e-5)
+    for way in DIRECTIONS:
+        dense, ours = (
+            value_and_grads(lambda s, i=impl, d=way: loss(s, impl=i, direction=d), *signs)
+            for impl in ("dense", "streaming")
+        )
+        for a, b in zip(ours, dense, strict=True):
+            assert torch.isfinite(a).all()
+            assert_close(a, b, 1e-5)
 
 
 @every_case
-@pytest.mark.parametrize(
-    "n_text", [0, 6, torch.tensor([0, 6]), TokenLayout(*[torch.zeros(2, 6, dtype=torch.bool)] * 2)]
-)
-def test_a_missing_modality_costs_exactly_nothing(name, convention, n_text):
+def test_a_missing_modality_costs_exactly_nothing(name, convention):
     q, k = (torch.full((2, 2, 6, 3), float("nan"), dtype=torch.float64, requires_grad=True) for _ in range(2))
-    for reduction in ("none", "mean"):
+    neither = TokenLayout(*[torch.zeros(2, 6, dtype=torch.bool)] * 2)
+    for n_text, reduction in itertools.product((0, 6, torch.tensor([0, 6]), neither), ("none", "mean")):
         value, *grads = value_and_grads(
-            lambda s, r=reduction: fast(name, s, n_text, convention=convention, reduction=r, impl="streaming"), q, k
+            lambda s, n=n_text, r=reduction: fast(name, s, n, convention=convention, reduction=r, impl="streaming"),
+            q,
+            k,
         )
         assert (value == 0).all()
         assert all((grad == 0).all() for grad in grads)
@@ -409,16 +284,16 @@ def test_equal_maps_cost_nothing():
 
 
 @every_case
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_errs_no_more_than_dense(name, convention, dtype):
+def test_half_precision_errs_no_more_than_dense(name, convention):
     q, k = (randn(4, 4, 40, 16, seed=seed) for seed in (0, 1))
     exact = fast(name, QueryKey(q, k), 10, convention=convention, reduction="none", impl="dense")
-    dense, ours = (
-        fast(name, QueryKey(q.to(dtype), k.to(dtype)), 10, convention=convention, reduction="none", impl=impl)
-        for impl in ("dense", "streaming")
-    )
-    assert ours.dtype == torch.float32
-    assert (ours - exact).norm() <= 1.01 * (dense - exact).norm()
+    for dtype in (torch.bfloat16, torch.float16):
+        dense, ours = (
+            fast(name, QueryKey(q.to(dtype), k.to(dtype)), 10, convention=convention, reduction="none", impl=impl)
+            for impl in ("dense", "streaming")
+        )
+        assert ours.dtype == torch.float32
+        assert (ours - exact).norm() <= 1.01 * (dense - exact).norm()
 
 
 @every_case
@@ -466,15 +341,15 @@ def test_autocast_changes_nothing(name, convention):
 
 
 @every_case
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_backward_inside_autocast_rounds_at_most(name, convention, dtype):
+def test_backward_inside_autocast_rounds_at_most(name, convention):
     q, k = queries_and_keys(torch.zeros(2, 2, 9, 9), dtype=torch.float32)
     _, *expected = value_and_grads(lambda s: fast(name, s, 4, convention=convention, impl="streaming"), q, k)
-    with torch.autocast("cpu", dtype=dtype):
-        loss = fast(name, QueryKey(q, k, 0.8), 4, convention=convention, impl="streaming")
-        ours = torch.autograd.grad(loss, (q, k))
-    for a, b in zip(ours, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=4 * torch.finfo(dtype).eps * float(b.abs().max()))
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            loss = fast(name, QueryKey(q, k, 0.8), 4, convention=convention, impl="streaming")
+            ours = torch.autograd.grad(loss, (q, k))
+        for a, b in zip(ours, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=4 * torch.finfo(dtype).eps * float(b.abs().max()))
 
 
 # ---------------------------------------------------------------- from a model; which form is taken

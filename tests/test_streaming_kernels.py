@@ -5,9 +5,7 @@ import torch
 
 from attncongruence import QueryKey
 from attncongruence.fast import low_rank, mean_map, mean_map_gpu, streaming, triton, triton_map, triton_map_grad
-from tests.problems import CASES, DIRECTIONS, assert_close, fast, make_problem, randn
-
-every_case = pytest.mark.parametrize(("name", "convention"), CASES)
+from tests.helpers.problems import CASES, DIRECTIONS, assert_close, fast, make_problem, pairwise, randn
 
 
 @pytest.fixture
@@ -28,9 +26,10 @@ def value_and_grads(loss, *inputs):
     return [x.detach().double().cpu() for x in (value, *torch.autograd.grad((value * weights).sum(), inputs))]
 
 
-@every_case
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("kind", ["int", "interleaved"])
+@pytest.mark.parametrize(
+    ("name", "convention", "direction", "kind"),
+    [(*case, *rest) for case, *rest in pairwise(CASES, DIRECTIONS, ("interleaved", "int"))],
+)
 def test_kernels_are_dense(name, convention, direction, kind, device, monkeypatch):
     used = []
     for module, function in (
@@ -69,7 +68,8 @@ def test_kernels_are_dense(name, convention, direction, kind, device, monkeypatc
         assert {"mean_rows", "mean_rows_grad_q", "mean_rows_grad_k"} == set(used)
 
 
-@every_case
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "convention"), CASES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_errs_no_more_than_half_scores_do(name, convention, dtype, device, monkeypatch):
     monkeypatch.setattr(mean_map_gpu, "cache_bytes", lambda device: 10**5)

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from attncongruence import CACRLoss, Regularizer, cacr_loss, exponential_warmup, regularize
 from attncongruence.integrations import huggingface, lightning
-from tests.training import (
+from tests.helpers.training import (
     LR,
     MODELS,
     TEXT,
@@ -34,6 +34,9 @@ from tests.training import (
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 CLOSE = 1e-6
+SLOW = pytest.mark.slow
+# Micro-batches a step, and their size: four of two samples, or the batch whole.
+every_size = pytest.mark.parametrize(("accumulate", "micro"), [(4, 2), pytest.param(1, 8, marks=SLOW)])
 STEPS = 3
 CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 
@@ -100,8 +103,8 @@ def trainer_for(
 # -- transformers -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, CHECKPOINTING], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize(("accumulate", "micro"), [(1, 8), (4, 2)])
+@pytest.mark.parametrize("options", [{}, pytest.param(CHECKPOINTING, marks=SLOW)], ids=["plain", "checkpointing"])
+@every_size
 def test_trainer(expected, accumulate, micro, options, tmp_path):
     """LLaVA divides a sum by num_items_in_batch, and Trainer doesn't divide it again; ViLT's mean is divided."""
     name, final = expected
@@ -117,6 +120,7 @@ def test_trainer(expected, accumulate, micro, options, tmp_path):
     assert regularizer.micro_batches is None  # a later loop may accumulate otherwise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_trainer_in_half_precision(name, tmp_path):
     make, batch = MODELS[name]
@@ -239,7 +243,7 @@ def test_trainer_logs(tmp_path):
     assert [log["congruence_weight"] for log in reported] == [3.0, 5.0, 7.0]
 
 
-@pytest.mark.parametrize("restore", [False, True])
+@pytest.mark.parametrize("restore", [True, pytest.param(False, marks=SLOW)])
 def test_trainer_resumes_with_the_same_losses(restore, tmp_path):
     def train(folder: object, model: nn.Module, resume: str | None = None, steps: int = 4) -> tuple[list, Regularizer]:
         regularizer = regularize(model, CACRLoss(), n_text=TEXT, weight=exponential_warmup(4))
@@ -339,14 +343,15 @@ def accelerated(
     return model, regularizer
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(("accumulate", "micro"), [(1, 8), (4, 2)])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=SLOW)])
+@every_size
 def test_accelerate(accumulate, micro, checkpointing):
     model, regularizer = accelerated("vilt", micro, accumulate, checkpointing=checkpointing)
     assert furthest(weights(model), by_hand("vilt", whole("vilt"))) < CLOSE
     assert regularizer.step == STEPS
 
 
+@pytest.mark.slow
 def test_accelerate_in_half_precision():
     model, _ = accelerated("vilt", 2, 4, "bf16")
     final = by_hand("vilt", [micro_batches(vilt_batch(), 4)] * STEPS, autocast=True)
@@ -439,7 +444,7 @@ def fit(
     return trainer
 
 
-@pytest.mark.parametrize(("accumulate", "micro"), [(1, 8), (4, 2)])
+@every_size
 @pytest.mark.parametrize("what", ["network", "module", "training_step"])
 def test_lightning(accumulate, micro, what, tmp_path):
     module = Lit(own=what != "network").train()
@@ -449,6 +454,7 @@ def test_lightning(accumulate, micro, what, tmp_path):
     assert regularizer.step == STEPS
 
 
+@pytest.mark.slow
 def test_lightning_with_checkpointing(tmp_path):
     module = Lit(own=True).train()
     module.net.gradient_checkpointing_enable({"use_reentrant": False})
@@ -457,6 +463,7 @@ def test_lightning_with_checkpointing(tmp_path):
     assert furthest(weights(module), by_hand("vilt", whole("vilt"))) < CLOSE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [False, True])
 def test_lightning_in_half_precision(own, tmp_path):
     module = Lit(own).train()

@@ -11,7 +11,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from attncongruence import CACRLoss, regularize
-from tests.training import LR, MODELS, TEXT, by_hand, furthest, regularized, schedule, weights
+from tests.helpers.training import LR, MODELS, TEXT, by_hand, furthest, regularized, schedule, weights
+
+pytestmark = pytest.mark.slow
 
 WORLD, STEPS, CLOSE = 2, 3, 1e-6
 
@@ -87,7 +89,7 @@ def trainer(rank: int, name: str) -> list[Tensor]:
     from transformers import Trainer, TrainingArguments
 
     from attncongruence.integrations.huggingface import CongruenceCallback
-    from tests.training import rows
+    from tests.helpers.training import rows
 
     model = MODELS[name][0]()
     regularized(name, model)
@@ -116,7 +118,7 @@ def lightning(rank: int, name: str) -> list[Tensor]:
     import lightning.pytorch as pl
     from torch.utils.data import DataLoader
 
-    from tests.training import rows
+    from tests.helpers.training import rows
 
     class Lit(pl.LightningModule):
         def __init__(self) -> None:

@@ -12,9 +12,10 @@ import triton
 
 from attncongruence.fast import triton as kernels
 from attncongruence.fast import triton_map, triton_map_grad, triton_tiles
-from tests.problems import assert_close, randn
-from tests.triton_problems import HALF, beyond, distance, low_rank_loss, mean_map, with_grad
+from tests.helpers.problems import assert_close, randn
+from tests.helpers.triton_problems import HALF, beyond, distance, low_rank_loss, mean_map, with_grad
 
+SLOW = pytest.mark.slow  # the interpreter takes a second for a few tiles
 INTERPRETED = triton_tiles.INTERPRETED.value
 
 
@@ -50,11 +51,11 @@ def run(factors, lengths, scale, device, grad=True):
 @pytest.mark.parametrize(
     ("n", "width", "lengths", "scale"),
     [
-        (70, 40, (70, 0, 33, 64), 0.3),
         (33, 32, (32, 33, 1), -0.2),
-        (35, 64, (35, 17), 0.125),
-        (37, 80, (37, 5), 0.1),
-        (18, 256, (18, 17), 0.0625),
+        pytest.param(70, 40, (70, 0, 33, 64), 0.3, marks=SLOW),
+        pytest.param(35, 64, (35, 17), 0.125, marks=SLOW),
+        pytest.param(37, 80, (37, 5), 0.1, marks=SLOW),
+        pytest.param(18, 256, (18, 17), 0.0625, marks=SLOW),
         (1, 8, (1, 0), 0.5),
         (3, 1, (3, 2), 2.0),
     ],
@@ -75,7 +76,13 @@ def test_float32(n, width, lengths, scale, device):
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(
     ("n", "width", "near", "size"),
-    [(150, 64, None, 1.0), (150, 64, 0.05, 1.0), (77, 80, None, 2.0), (70, 32, None, 0.1), (40, 256, 0.1, 0.5)],
+    [
+        (70, 32, None, 0.1),
+        pytest.param(150, 64, None, 1.0, marks=SLOW),
+        pytest.param(150, 64, 0.05, 1.0, marks=SLOW),
+        pytest.param(77, 80, None, 2.0, marks=SLOW),
+        pytest.param(40, 256, 0.1, 0.5, marks=SLOW),
+    ],
 )
 def test_half_precision(n, width, near, size, dtype, device):
     """The error is that of scores in half precision, which a model's own dense scores are."""
@@ -131,7 +138,7 @@ def test_large_logits(dtype, device):
     assert distance(results[0], exact[0]) <= 8 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("dtype", [torch.float32, *(pytest.param(dtype, marks=SLOW) for dtype in HALF)])
 def test_equal_maps(dtype, device):
     (_, _, C, D), lengths = problem(70, 40, (70, 51), dtype=dtype)
     loss, *grads = run([C, D, C, D], lengths, 0.4, device)
@@ -154,7 +161,7 @@ def test_a_constant_of_a_row_cancels(device):
     assert (loss >= 0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("dtype", [torch.float32, *(pytest.param(dtype, marks=SLOW) for dtype in HALF)])
 def test_repeats_bit_by_bit(dtype, device):
     factors, lengths = problem(70, 40, (70, 33), dtype=dtype)
     first, second = run(factors, lengths, 0.3, device), run(factors, lengths, 0.3, device)
@@ -215,10 +222,10 @@ def map_problem(n, width, lengths, heads, dtype=torch.float32):
 @pytest.mark.parametrize(
     ("n", "width", "lengths", "heads", "chunks", "scale"),
     [
-        (70, 40, (70, 0, 33), 2, (0, 31, 64), 0.3),
         (66, 32, (64, 40), 1, (0,), -0.2),
-        (35, 80, (35, 32), 2, (0, 33), 0.1),
-        (18, 256, (18, 3), 2, (0, 7), 0.0625),
+        pytest.param(70, 40, (70, 0, 33), 2, (0, 31, 64), 0.3, marks=SLOW),
+        pytest.param(35, 80, (35, 32), 2, (0, 33), 0.1, marks=SLOW),
+        pytest.param(18, 256, (18, 3), 2, (0, 7), 0.0625, marks=SLOW),
         (1, 8, (1, 0), 1, (0,), 0.5),
     ],
 )
@@ -242,7 +249,15 @@ def test_mean_map_float32(n, width, lengths, heads, chunks, scale, device):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize(("n", "width", "size"), [(150, 64, 1.0), (77, 80, 1.0), (50, 32, 1e-9), (30, 256, 1e7)])
+@pytest.mark.parametrize(
+    ("n", "width", "size"),
+    [
+        (50, 32, 1e-9),
+        pytest.param(150, 64, 1.0, marks=SLOW),
+        pytest.param(77, 80, 1.0, marks=SLOW),
+        pytest.param(30, 256, 1e7, marks=SLOW),
+    ],
+)
 def test_mean_map_half_precision(n, width, size, dtype, device):
     q, k, lengths, dT = map_problem(n, width, (n, n // 2 + 3), 2, dtype)
     scale, chunks = width**-0.5, (0, n // 3)
@@ -289,6 +304,7 @@ def test_tf32_is_asked_for():
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
+@pytest.mark.slow
 def test_compiles_for_cards_that_are_not_there(tmp_path):
     # Architecture, dtype, heads, n, width, and the tensor cores' instruction
     cases = [
@@ -299,7 +315,7 @@ def test_compiles_for_cards_that_are_not_there(tmp_path):
     ]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.triton_problems", *(str(word) for case in cases for word in case[:-1])],
+        [sys.executable, "-m", "tests.helpers.triton_problems", *(str(word) for case in cases for word in case[:-1])],
         capture_output=True,
         text=True,
         env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},

@@ -18,8 +18,8 @@ from attncongruence import RELEASED, AttentionBlocks, TokenLayout, argmax_entrop
 from attncongruence.viz import plot_blocks, plot_congruence, plot_token_attention
 from attncongruence.viz.picture import BEST, NEXT
 from examples import pictures
-from tests.problems import CASES, CONVENTIONS, fast, make_problem, randn
-from tests.viz_pictures import FOLDER, PICTURES, causal, hiding, image, save, scores
+from tests.helpers.problems import CASES, CONVENTIONS, fast, make_problem, randn
+from tests.helpers.viz_pictures import FOLDER, PICTURES, causal, hiding, image, save, scores
 
 # Of 255, root mean square. matplotlib 3.9 and 3.11 differ by 3.3, two blocks exchanged make 30 and more.
 TOLERANCE = 6.0
@@ -42,7 +42,7 @@ def title_nats(figure):
 def test_looks_as_before(name, tmp_path):
     save(PICTURES[name](), tmp_path / f"{name}.png")
     difference = compare_images(str(FOLDER / f"{name}.png"), str(tmp_path / f"{name}.png"), TOLERANCE)
-    assert difference is None, f"{difference}\npython -m tests.viz_pictures draws {FOLDER} anew"
+    assert difference is None, f"{difference}\npython -m tests.helpers.viz_pictures draws {FOLDER} anew"
 
 
 def test_the_tolerance_tells_pictures_apart(tmp_path):
@@ -64,7 +64,7 @@ assert "matplotlib" not in sys.modules, "the library itself needs no matplotlib"
 import matplotlib
 matplotlib.use("template")
 before = matplotlib.rcParams.copy()
-from tests.viz_pictures import PICTURES
+from tests.helpers.viz_pictures import PICTURES
 for draw in PICTURES.values():
     draw().savefig(os.devnull, format="png")
 changed = [name for name, value in before.items() if matplotlib.rcParams[name] != value]
@@ -74,6 +74,7 @@ assert os.listdir() == [], "files"
 """
 
 
+@pytest.mark.slow
 def test_nothing_but_a_figure(tmp_path, monkeypatch):
     """In a process of its own, without a display: no pyplot, no rcParams, no file."""
     for name in ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND"):
@@ -92,6 +93,7 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
         importlib.import_module("attncongruence.viz")
 
 
+@pytest.mark.docs
 def test_the_page_draws_the_committed_pictures(tmp_path):
     drawn = {path.name for path in pictures.render(tmp_path)}
     committed = {path.name: path.stat().st_size for path in (pictures.PAGE.parent / "pictures").iterdir()}
@@ -192,8 +194,8 @@ def test_labels_are_words_and_the_boundary_is_drawn():
         assert {edge for edge, spine in axes.spines.items() if spine.get_linewidth() > 1} == set(edges.split())
 
 
-@pytest.mark.parametrize("count", [3, 10, 40, 120])
-@pytest.mark.parametrize("letters", [1, 6])
+@pytest.mark.parametrize("count", [3, 40, *(pytest.param(count, marks=pytest.mark.slow) for count in (10, 120))])
+@pytest.mark.parametrize("letters", [6, pytest.param(1, marks=pytest.mark.slow)])
 def test_tick_labels_do_not_overlap(count, letters):
     labels = ["My" * letters] * count
     for figure in (
@@ -216,8 +218,10 @@ def test_tick_labels_do_not_overlap(count, letters):
 # -- congruence -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("direction", ["language", "vision"])
-@pytest.mark.parametrize(("name", "convention"), CASES)
+@pytest.mark.parametrize(
+    ("name", "convention", "direction"),
+    [(*case, direction) for case, direction in zip(CASES, 4 * ["language", "vision"], strict=False)],
+)
 def test_the_title_says_the_samples_loss(name, convention, direction):
     S, n_text, mask = randn(2, 2, 11, 11), torch.tensor([4, 5]), torch.arange(11) < torch.tensor([[9], [11]])
     options = {"mask": mask, "convention": convention, "direction": direction, "reduction": "none"}

@@ -9,6 +9,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+pytestmark = pytest.mark.docs
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -67,4 +69,8 @@ def test_the_lowest_versions_are_the_lower_bounds():
 def test_the_lowest_job_needs_no_extra(name):
     if name != "\\":
         text = (ROOT / f"tests/test_{name}.py").read_text()
-        assert not re.search(r"^(from|import) (transformers|timm|lightning|matplotlib|tests\.zoo)", text, re.MULTILINE)
+        helpers = [
+            ROOT / f"tests/helpers/{helper}.py" for helper in re.findall(r"^from tests\.helpers\.(\w+)", text, re.M)
+        ]
+        for source in (text, *(helper.read_text() for helper in helpers)):
+            assert not re.search(r"^(from|import) (transformers|timm|lightning|matplotlib|tests\.zoo)", source, re.M)

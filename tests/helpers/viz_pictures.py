@@ -1,4 +1,4 @@
-"""The pictures that tests/test_viz.py compares: `python -m tests.viz_pictures` draws them anew into tests/data/viz.
+"""The pictures of tests/test_viz.py, in tests/data/viz: `python -m tests.helpers.viz_pictures` draws them anew.
 
 Drawn small and without words: fonts differ between versions of matplotlib. The numbers are sines, not drawn at random.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from attncongruence import WEIGHTED_MEAN, TokenLayout
 from attncongruence.viz import plot_blocks, plot_congruence, plot_token_attention
 
-FOLDER = Path(__file__).parent / "data/viz"
+FOLDER = Path(__file__).parents[1] / "data/viz"
 
 
 def scores(batch: int, heads: int, length: int) -> Tensor:

@@ -16,7 +16,7 @@ from jaxtyping import TypeCheckError
 from torch import Tensor
 
 from attncongruence import TokenLayout
-from tests.problems import randn
+from tests.helpers.problems import randn
 
 TALLY: dict[str, Counter[str]] = defaultdict(Counter)
 """Function -> how many calls it answered, and how many it refused."""

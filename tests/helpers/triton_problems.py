@@ -1,7 +1,7 @@
 """The GPU kernels' oracles in float64, and their compilation for cards that need not be there.
 
-`python -m tests.triton_problems 90 bfloat16 16 128 64` compiles every kernel as the library launches it, for sm_90,
-bfloat16, 16 heads, 128 tokens, width 64, and says what each takes. TRITON_INTERPRET must be unset.
+`python -m tests.helpers.triton_problems 90 bfloat16 16 128 64` compiles every kernel as the library launches it,
+for sm_90, bfloat16, 16 heads, 128 tokens, width 64, and says what each takes. TRITON_INTERPRET must be unset.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from attncongruence.fast import triton as low_rank
 from attncongruence.fast import triton_map, triton_map_grad
-from tests.problems import randn
+from tests.helpers.problems import randn
 
 HALF = (torch.bfloat16, torch.float16)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,9 +22,28 @@ from attncongruence import (
     iais_loss,
     soft_equivalence_loop,
 )
+from attncongruence.fast import streaming, tiles
+
+
+def pairwise(*choices: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Combinations in which any two values of two choices meet at least once: far fewer than all combinations.
+
+    Each step takes the combination with the most pairs that were not met yet; the order of the values breaks ties.
+    """
+    values = [list(choice) for choice in choices]
+    positions = list(itertools.product(*(range(len(choice)) for choice in values)))
+    pairs = {at: set(itertools.combinations(enumerate(at), 2)) for at in positions}
+    open_pairs, taken = set().union(*pairs.values()), []
+    while open_pairs:
+        best = max(positions, key=lambda at: len(pairs[at] & open_pairs))
+        open_pairs -= pairs[best]
+        taken.append(tuple(choice[i] for choice, i in zip(values, best, strict=True)))
+    return taken
+
 
 CONVENTIONS = {"RELEASED": RELEASED, "PRINTED": PRINTED, "WEIGHTED_MEAN": WEIGHTED_MEAN}
 DIRECTIONS = ("language", "vision", "both")
+KINDS = ("int", "ragged", "interleaved")
 
 # name -> (loss, its oracle, the alignment if it has one, the conventions under which it is defined)
 LOSSES = {
@@ -95,6 +118,12 @@ def problems(draw: st.DrawFn, kind: str, rank: int) -> Problem:
         m=draw(st.integers(1, 9)),
         scale=draw(st.sampled_from([0.3, 1.0, 3.0])),
     )
+
+
+def set_tiles(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """The streaming form as on a machine with a cache of that many bytes."""
+    for module in (tiles, streaming):
+        monkeypatch.setattr(module, "cache_bytes", lambda device: size)
 
 
 def value_and_grad(loss: object, S: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
