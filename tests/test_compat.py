@@ -17,7 +17,7 @@ from attncongruence import CACRLoss, _compat, regularize
 from attncongruence.capture import capture_attention
 from attncongruence.capture.find import named_modules
 from attncongruence.capture.mode import push_mode, remove_mode
-from tests.single_head import ByHand, Fused, X, record
+from tests.helpers.single_head import ByHand, Fused, X, record
 
 
 class Noting(TorchFunctionMode):

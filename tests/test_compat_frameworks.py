@@ -6,7 +6,7 @@ import types
 import pytest
 
 from attncongruence import CACRLoss, _compat, regularize
-from tests.single_head import ByHand, Fused, record
+from tests.helpers.single_head import ByHand, Fused, record
 
 
 def test_nothing_is_shown_where_transformers_is_not_loaded(monkeypatch):

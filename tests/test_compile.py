@@ -8,7 +8,7 @@ import torch._dynamo.testing
 from packaging.version import Version
 
 from attncongruence import PRINTED, RELEASED, WEIGHTED_MEAN, QueryKey, TokenLayout, cacr_loss
-from tests.problems import CASES, LOSSES, assert_close, fast, make_problem, randn
+from tests.helpers.problems import CASES, LOSSES, assert_close, fast, make_problem, randn
 
 IMPLS = ("dense", "streaming")
 KINDS = ("int", "ragged", "interleaved")
