@@ -1,20 +1,31 @@
-# Every target sets up what it needs in .venv first; nothing has to be installed by hand but Python and make.
+# Every target sets up what it needs by itself; nothing has to be installed by hand but Python and make.
+# The versions are those of constraints.txt, in .venv; with NEWEST=1 they are today's, in .venv-newest.
 PYTHON ?= python3
 DEVICE ?= cpu
-BIN := .venv/bin
-READY := .venv/.ready
-# What needs no extra, on the lowest versions of the core dependencies. torch.compile is left to the newest: the compiler of
-# PyTorch 2.6 cannot trace the losses in one graph.
-LOWEST := reference conventions equivalence divergence schedules layout blocks metrics losses streaming \
-	capture_hooks capture_product
+NEWEST ?=
+ONLY ?=
+VENV := $(if $(NEWEST),.venv-newest,.venv)
+LOCKED := $(if $(NEWEST),,--constraint constraints.txt)
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 15
 
-.PHONY: demo test lint types docs bench fuzz soak build lowest release-check clean
+.PHONY: demo test test-all test-docs drift lint types docs bench fuzz soak matrix lock build release-check clean
 
 demo: $(READY)  ## train a tiny ViLT for some steps with and without the loss
 	$(BIN)/python -m examples.demo
 
-test: lint types  ## lint, types and every test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 15
+test: lint types  ## lint, types and every behavior; the quick half alone: pytest -n 2 -m "not slow and not docs"
+	$(PYTEST) -m "not docs"
+
+test-docs: $(READY)  ## the rest: pages, workflows, benchmarks, packages
+	$(PYTEST) -m docs
+
+test-all: lint types  ## everything
+	$(PYTEST)
+
+drift:  ## what a new user meets today: the newest versions of everything
+	$(MAKE) NEWEST=1 test
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -40,10 +51,12 @@ soak: $(READY)  ## 2,000 training steps, to see whether anything grows: writes b
 build: $(READY)  ## wheel and sdist in dist/
 	$(BIN)/python -m build
 
-lowest:  ## the core tests on the lowest supported versions, tests/lowest.txt (PYTHON is a Python 3.11)
-	$(PYTHON) -m venv --clear build/lowest
-	build/lowest/bin/python -m pip install --quiet --constraint tests/lowest.txt --editable . pytest hypothesis numpy
-	OMP_NUM_THREADS=1 build/lowest/bin/python -m pytest -k "not compile and not captured_layer" $(LOWEST:%=tests/test_%.py)
+matrix: $(READY)  ## the quick tests on each supported version, or ONLY="newest": fills docs/reliability.md
+	$(BIN)/python -m benchmarks.matrix $(if $(ONLY),"$(ONLY)")
+
+lock: $(READY)  ## today's versions into constraints.txt, for all Pythons and systems
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
+		--all-extras --no-annotate --no-emit-index-url --output-file constraints.txt pyproject.toml
 
 release-check: $(READY)  ## build, check what PyPI will show, install the wheel alone in a fresh environment
 	rm -rf dist
@@ -53,11 +66,11 @@ release-check: $(READY)  ## build, check what PyPI will show, install the wheel 
 	build/release/bin/python -m pip install --quiet dist/*.whl
 	cd build && release/bin/python -c 'import attncongruence; print(attncongruence.__version__)'
 
-$(READY): pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[hf,timm,lightning,viz,docs,dev]'
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade $(LOCKED) pip hatchling editables
+	$(BIN)/python -m pip install --quiet --no-build-isolation $(LOCKED) --editable '.[hf,timm,lightning,viz,docs,dev]'
 	touch $@
 
 clean:
-	rm -rf .venv dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-newest dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

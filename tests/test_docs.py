@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import capture_cost, conventions, fuzz, report, soak
+from benchmarks import capture_cost, conventions, fuzz, matrix, report, soak
 from benchmarks.record import committed
 
 pytestmark = pytest.mark.docs
@@ -51,6 +51,7 @@ def test_links_lead_somewhere(page):
         ("docs/capture.md", "capture-cost-cpu", capture_cost.table),
         ("docs/reliability.md", "fuzz-cpu", fuzz.table),
         ("docs/reliability.md", "soak-cpu", soak.table),
+        ("docs/reliability.md", "matrix", matrix.table),
     ],
 )
 def test_tables_are_the_committed_ones(page, result, tables):

@@ -1,18 +1,25 @@
 """The workflows run what the Makefile has, on what pyproject.toml promises, and only a release may publish."""
 
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+from benchmarks import matrix
+from benchmarks.matrix import ENVIRONMENTS
+from benchmarks.record import committed
 
 pytestmark = pytest.mark.docs
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
 MAKEFILE = (ROOT / "Makefile").read_text()
 WORKFLOWS = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / ".github/workflows").iterdir()}
 CI, RELEASE = WORKFLOWS["ci"], WORKFLOWS["release"]
@@ -29,9 +36,11 @@ def test_the_matrix_is_what_the_classifiers_say():
 def test_every_command_is_a_target():
     targets = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
     wanted = [word for step in STEPS for word in re.findall(r"^make (.*)$", step.get("run", ""), re.MULTILINE)]
-    named = {word for line in wanted for word in line.split() if "=" not in word}
+    named = {word for line in wanted for word in shlex.split(line) if "=" not in word}
     assert named <= targets
-    assert {"test", "lint", "types", "docs", "fuzz", "soak", "lowest", "release-check"} == named
+    assert {
+        *("test", "test-docs", "lint", "types", "docs", "fuzz", "soak", "matrix", "drift", "release-check"),
+    } == named
 
 
 def test_actions_are_pinned_to_a_major_version():
@@ -54,23 +63,49 @@ def test_only_the_publishing_job_may_publish():
     assert not any("run" in step for step in publish["steps"])
 
 
-def test_the_lowest_versions_are_the_lower_bounds():
-    lines = (ROOT / "tests/lowest.txt").read_text().splitlines()
-    pinned = {Requirement(line).name: Requirement(line) for line in lines if not line.startswith("#")}
-    wanted = {Requirement(line).name: Requirement(line) for line in PROJECT["dependencies"]}
-    assert set(pinned) == set(wanted)
-    for name, need in wanted.items():
-        (low,), (pin,) = need.specifier, pinned[name].specifier
+def pins(environment):
+    """The exact versions of an environment of the matrix, by name."""
+    needs = [Requirement(package) for package in environment.packages]
+    return {need.name: need.specifier for need in needs if str(need.specifier).startswith("==")}
+
+
+@pytest.mark.parametrize(
+    ("name", "extras"), [("lowest, alone", ()), ("lowest extras", ("hf", "timm", "lightning", "viz"))]
+)
+def test_the_matrix_has_the_lower_bounds(name, extras):
+    (environment,) = [environment for environment in ENVIRONMENTS if environment.name == name]
+    lines = [line for extra in extras for line in EXTRAS[extra]] if extras else PROJECT["dependencies"]
+    bounds = {need.name: need.specifier for need in map(Requirement, lines) if need.specifier}
+    assert len(bounds) >= 4
+    for package, bound in bounds.items():
+        (low,), (pin,) = bound, pins(environment)[package]
         assert (low.operator, pin.operator) == (">=", "==")
-        assert Version(low.version) == Version(pin.version), name
+        assert Version(low.version) == Version(pin.version), package
 
 
-@pytest.mark.parametrize("name", re.search(r"^LOWEST := (.*?)\n\n", MAKEFILE, re.MULTILINE | re.DOTALL)[1].split())
-def test_the_lowest_job_needs_no_extra(name):
-    if name != "\\":
-        text = (ROOT / f"tests/test_{name}.py").read_text()
-        helpers = [
-            ROOT / f"tests/helpers/{helper}.py" for helper in re.findall(r"^from tests\.helpers\.(\w+)", text, re.M)
-        ]
-        for source in (text, *(helper.read_text() for helper in helpers)):
-            assert not re.search(r"^(from|import) (transformers|timm|lightning|matplotlib|tests\.zoo)", source, re.M)
+def test_the_workflow_runs_the_matrix():
+    asked = CI["jobs"]["lowest"]["strategy"]["matrix"]["environment"]
+    assert asked == [environment.name for environment in ENVIRONMENTS if not environment.name.startswith("newest")]
+
+
+def test_the_committed_matrix_is_whole_and_green():
+    results = committed("matrix")
+    assert [row["name"] for row in results["environments"]] == [environment.name for environment in ENVIRONMENTS]
+    assert not matrix.failed(results)
+    for row in results["environments"]:
+        assert "not_run" in row or all(area["passed"] > 0 for area in row["areas"].values()), row["name"]
+
+
+def test_the_lock_pins_all_that_is_asked_for_and_names_no_address():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    locked = {}
+    for line in lines:
+        need = Requirement(line)
+        assert (need.url, need.extras) == (None, set()), line
+        ((operator, version),) = [(pin.operator, pin.version) for pin in need.specifier]
+        assert operator == "==", line
+        locked.setdefault(canonicalize_name(need.name), []).append(version)
+    for line in [*PROJECT["dependencies"], *(line for extra in EXTRAS.values() for line in extra)]:
+        need = Requirement(line)
+        versions = locked[canonicalize_name(need.name)]
+        assert all(need.specifier.contains(version) for version in versions), line
