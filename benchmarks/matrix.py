@@ -58,18 +58,19 @@ class Environment:
     """What does not apply, in words."""
 
 
+# setuptools: inductor of PyTorch 2.6 imports it.
 HF = ("torchvision", "pillow", "accelerate", "peft", "timm", "lightning", "matplotlib")
 ENVIRONMENTS = (
     Environment(
         "lowest, alone",
         "3.11",
-        ("torch==2.6.0", "einops==0.8.2", "jaxtyping==0.3.4", "beartype==0.20.0"),
+        ("torch==2.6.0", "einops==0.8.2", "jaxtyping==0.3.4", "beartype==0.20.0", "setuptools"),
         "models of transformers and timm, Trainer, Lightning: not installed",
     ),
     Environment(
         "transformers 4.30",
         "3.11",
-        ("torch==2.6.0", "torchvision", "pillow", "transformers==4.30.2", "timm==1.0.3", "numpy<2"),
+        ("torch==2.6.0", "torchvision", "pillow", "transformers==4.30.2", "timm==1.0.3", "numpy<2", "setuptools"),
         "Trainer's callback asks for transformers 5.0 (extra `hf`); there is no attention interface, so flash and flex "
         "kernels stay hidden, and say so; FSDP2 on CPU needs torch 2.11",
     ),
@@ -130,7 +131,7 @@ def needs(path: Path) -> frozenset[str]:
             elif isinstance(node, ast.ImportFrom) and node.module:
                 names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
             found |= {name.split(".")[0] for name in names} & set(OPTIONAL)
-            helpers = [ROOT.joinpath(*name.split(".")) for name in names if name.startswith("tests.")]
+            helpers = [ROOT.joinpath(*name.split(".")) for name in names if name.startswith(("tests.", "benchmarks."))]
             files = [file for helper in helpers for file in (helper.with_suffix(".py"), helper / "__init__.py")]
             waiting += [file for file in files if file.exists() and file not in seen]
     return frozenset(found)

@@ -58,7 +58,8 @@ def cacr_loss(
         jaxtyping.TypeCheckError: scores not square or not floating point, masks or n_text of another shape or dtype.
         ValueError: an unknown option, a boundary out of range, a layout of another size, tensors on several devices,
             a direction whose cross-modal block does not exist (causal decoders, blocks without VL). Under
-            `torch.compile` neither error is raised for what only the values of a tensor can tell, nor for shapes.
+            `torch.compile` neither error is raised for what only the values of a tensor can tell, nor for shapes; under
+            `torch.func.vmap` none for such values.
 
     Source:
         CACR (Pandey et al., ACL 2023), Eq. 3 to 5 and Algorithm 1; `docs/paper-map.md`.
