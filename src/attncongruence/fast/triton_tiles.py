@@ -56,11 +56,15 @@ def here(lengths, heads, n, WIDTH: constexpr, ROWS: constexpr):
 @triton.jit
 def product(a, b, PRECISION: constexpr):
     """`a @ b` in float32."""
-    if INTERPRETED:
-        # The interpreter takes bfloat16 for 16-bit integers.
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision=PRECISION)
+    if INTERPRETED and a.dtype != tl.float32:
+        # The interpreter takes bfloat16 for 16-bit integers, and leaves sums to a BLAS whose order depends on the CPU,
+        # the shape and which side is transposed. So kernels would disagree about a score (by 0.1 where it is 1e6), and
+        # a softmax about its own normaliser. In float64 the order does not matter.
+        x = a.to(tl.float32).to(tl.float64)[:, :, None] * b.to(tl.float32).to(tl.float64)[None, :, :]
+        c = tl.sum(x, 1).to(tl.float32)
+    else:
+        c = tl.dot(a, b, input_precision=PRECISION)
+    return c
 
 
 # Rows of a program by columns of a step, warps, stages, for each kind of kernel, precision and padded width. Chosen by
