@@ -125,9 +125,15 @@ def caption_inputs(before: tuple[int, ...] = (BOS,)) -> Inputs:
 
 def eager_transformers(model: nn.Module) -> nn.Module:
     """A copy that runs transformers' eager attention everywhere it can."""
-    model = copy.deepcopy(model)
-    model.set_attn_implementation("eager")
-    return model
+    if hasattr(model, "set_attn_implementation"):
+        model = copy.deepcopy(model)
+        model.set_attn_implementation("eager")
+        return model
+    if not hasattr(model.config, "_attn_implementation"):  # long ago there was nothing else
+        return copy.deepcopy(model)
+    eager = type(model)._from_config(copy.deepcopy(model.config), attn_implementation="eager")  # up to 4.53
+    eager.load_state_dict(model.state_dict())
+    return eager.train(model.training)
 
 
 def returned(pick: Callable[[Any], Tensor], eager: Callable[[nn.Module], nn.Module] = eager_transformers) -> Reference:
