@@ -7,14 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from attncongruence import cacr_loss, capture_attention
 from attncongruence.integrations.huggingface import token_layout
 from tests.helpers.models import hook_count
 from tests.helpers.versions import has
-from tests.zoo import CASES, each, needs, run
+from tests.zoo import CASES, each, needs, run, set_kernel
 
 HF = [name for name, case in CASES.items() if "S" in case.layers and not name.startswith(("timm", "torch"))]
 
@@ -117,6 +115,9 @@ def by_hand(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | N
 
 @pytest.fixture
 def hidden_kernel():
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     ALL_ATTENTION_FUNCTIONS.register("hidden", by_hand)
     ALL_MASK_ATTENTION_FUNCTIONS.register("hidden", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     return "hidden"
@@ -128,7 +129,7 @@ def test_a_kernel_no_torch_function_shows_is_seen_where_transformers_calls_it(hi
     case = CASES["gemma3_sliding"]
     model, inputs = case.build()
     _, expected = case.reference(model, inputs)
-    model.set_attn_implementation(hidden_kernel)
+    set_kernel(model, hidden_kernel)
     plain = run(model, inputs).logits
     configs = [module.__dict__.get("config") for module in model.modules()]
     keys = {id(config): sorted(vars(config)) for config in configs if config is not None}
@@ -153,7 +154,7 @@ def test_a_kernel_no_torch_function_shows_is_seen_where_transformers_calls_it(hi
 @needs("llava")
 def test_the_kernel_is_put_back_when_forward_raises(hidden_kernel):
     model, inputs = CASES["llava"].build()
-    model.set_attn_implementation(hidden_kernel)
+    set_kernel(model, hidden_kernel)
     attention = model.model.language_model.layers[1].self_attn
     config, projection = attention.config, attention.o_proj
     with capture_attention(model) as capture:
@@ -179,7 +180,7 @@ def test_flex_attention_masks_are_rebuilt(name):
     case = CASES[name]
     model, inputs = case.build()
     _, expected = case.reference(model, inputs)
-    model.set_attn_implementation("flex_attention")
+    set_kernel(model, "flex_attention")
     # On CPU flex attention has no backward, and compiling it takes half a minute: analysis, uncompiled.
     with torch.compiler.set_stance("force_eager"), torch.no_grad(), capture_attention(model, analysis=True) as capture:
         for _ in range(2):

@@ -7,7 +7,7 @@ import pytest
 import transformers
 
 from tests.zoo import decoders, dual_stream, encoders, plain
-from tests.zoo.case import Case, Layer, run
+from tests.zoo.case import Case, Layer, run, set_kernel
 
 transformers.logging.set_verbosity_error()
 
@@ -34,7 +34,27 @@ QUICK = (
 NEEDS: dict[tuple[str, str], tuple[str, ...]] = {
     ("transformers>=5.17", "the family is newer than 5.0"): ("modernvbert",),
     ("transformers>=5.17", "its language model returns no attentions in 5.0"): ("blip_2",),
-    ("transformers>=5.17", "its eager and its sdpa attention differ in 5.0"): ("kosmos2",),
+    ("transformers>=5.24", "its eager and its sdpa attention differ up to 5.17"): ("kosmos2",),
+    ("transformers>=4.53", "the family is newer than 4.30"): (
+        "paligemma",
+        "gemma3",
+        "gemma3_sliding",
+        "llava",
+        "llava_left_padded",
+        "llava_next",
+        "llava_onevision",
+        "janus",
+        "internvl",
+        "chameleon",
+        "idefics3",
+        "smolvlm",
+        "grounding_dino",
+    ),
+    ("transformers>=5.0", "the family is newer than 4.53"): ("florence2", "qwen3_vl"),
+    ("transformers>=5.0", "its Q-Former returns no probabilities in 4.53"): ("blip_2_itm",),
+    ("transformers>=5.0", "its eager attention returns no probabilities in 4.53"): ("bridgetower",),
+    ("transformers>=5.0", "eager attention for the language model alone cannot be set in 4.53"): ("phi4_multimodal",),
+    ("transformers>=5.0", "4.53 does not read rope_parameters"): ("qwen2_vl", "qwen2_5_vl", "mllama"),
 }
 
 
@@ -60,4 +80,4 @@ def _needs(name: str) -> list[pytest.MarkDecorator]:
     return [pytest.mark.needs(need, reason=reason) for (need, reason), names in NEEDS.items() if name in names]
 
 
-__all__ = ["CASES", "QUICK", "Case", "Layer", "NEEDS", "each", "needs", "run"]
+__all__ = ["CASES", "NEEDS", "QUICK", "Case", "Layer", "each", "needs", "run", "set_kernel"]
