@@ -5,6 +5,15 @@ import os
 import hypothesis
 import torch
 
+from tests.helpers.versions import (  # noqa: F401  what a test needs of other packages
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_runtest_setup,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_testnodedown,
+)
+
 torch.set_num_threads(1)
 # Without a card, kernels run in Triton's interpreter. It must be chosen before Triton is imported, by whichever test.
 if not torch.cuda.is_available():

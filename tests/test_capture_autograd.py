@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attncongruence.capture import capture_attention
 from tests.helpers.models import Stack
-from tests.zoo import CASES, run
+from tests.zoo import CASES, each, needs, run
 
 
 class Checkpointed(Stack):
@@ -54,7 +54,7 @@ def test_a_checkpointed_layer_is_recorded_once_with_its_gradient(layers, fused):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["llava", "visual_bert"])
+@pytest.mark.parametrize("name", each(["llava", "visual_bert"], slow=False))
 def test_transformers_checkpointing_trains_what_no_checkpointing_does(name):
     found = []
     for checkpointed in (False, True):
@@ -115,6 +115,7 @@ def test_autocast_keeps_queries_and_computes_scores_in_float32(fused):
     assert model.layers[1].qkv.weight.grad.dtype == torch.float32
 
 
+@needs("timm_fused")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_models_give_float32_scores(dtype):
     model, inputs = CASES["timm_fused"].build()
@@ -138,7 +139,7 @@ def resident() -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["timm_fused", "vilt"])
+@pytest.mark.parametrize("name", each(["timm_fused", "vilt"], slow=False))
 def test_two_hundred_steps_keep_neither_tensors_nor_memory(name):
     model, inputs = CASES[name].build()
     optimizer = torch.optim.SGD(model.parameters(), 1e-6)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from attncongruence.capture import capture_attention, find_attention
 from tests.helpers.models import Attention, Stack
-from tests.zoo import CASES, each, run
+from tests.zoo import CASES, each, needs, run
 
 X = torch.linspace(-1, 1, 160).view(2, 5, 16)
 
@@ -199,6 +199,7 @@ def test_windows_keep_their_own_batch():
         assert capture.pop().scores.shape == (6, 2, 4, 4)
 
 
+@needs("florence2")
 def test_real_models_need_no_index_but_an_encoder_decoder_needs_a_name():
     model, inputs = CASES["florence2"].build()
     with capture_attention(model) as last, capture_attention(model, "*.encoder.layers.1.self_attn") as named:

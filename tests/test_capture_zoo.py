@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from attncongruence.capture import CapturedAttention, capture_attention
-from tests.zoo import CASES, Case, each, run
+from tests.zoo import CASES, Case, each, needs, run
 
 # Libraries warn about their own defaults when tiny random models are built and run.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -125,6 +125,7 @@ def kept(module: nn.Module) -> bool:
     return all("attncongruence" not in type(hook).__module__ for hook in hooks)
 
 
+@needs("timm_fused")
 def test_no_warning_comes_from_capture():
     model, inputs = CASES["timm_fused"].build()
 

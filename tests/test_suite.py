@@ -39,7 +39,7 @@ def test_no_test_file_is_imported():
 
 
 def test_markers_are_declared():
-    assert {"slow", "docs"} == DECLARED
+    assert {"slow", "docs", "needs"} == DECLARED
     for path in TESTS:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pytest.mark":

@@ -1,6 +1,8 @@
 """One line before the real Trainer, Accelerate and Lightning, none of them edited: the weights of a loop by hand."""
 
+import os
 from types import SimpleNamespace
+from unittest import mock
 
 import lightning.pytorch as pl
 import pytest
@@ -43,10 +45,11 @@ CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs"
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate():
-    """Accelerate keeps precision and accumulation in the process."""
+    """Accelerate keeps precision and accumulation in the process; Trainer of 4.53 sets precision in os.environ."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    yield
+    with mock.patch.dict(os.environ):
+        yield
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
 

@@ -123,11 +123,25 @@ def caption_inputs(before: tuple[int, ...] = (BOS,)) -> Inputs:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def set_kernel(model: nn.Module, kernel: str) -> None:
+    """Changes the attention of a transformers model, as versions before `set_attn_implementation` allow it too."""
+    if hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation(kernel)
+        return
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation = kernel
+
+
 def eager_transformers(model: nn.Module) -> nn.Module:
     """A copy that runs transformers' eager attention everywhere it can."""
-    model = copy.deepcopy(model)
-    model.set_attn_implementation("eager")
-    return model
+    eager = copy.deepcopy(model)
+    if hasattr(model.config, "_attn_implementation") and not hasattr(model, "set_attn_implementation"):
+        # In 4.53 some families choose a class when they are built; in 4.30 there is nothing to choose.
+        eager = type(model)._from_config(eager.config, attn_implementation="eager").train(model.training)
+        eager.load_state_dict(model.state_dict())
+    set_kernel(eager, "eager")
+    return eager
 
 
 def returned(pick: Callable[[Any], Tensor], eager: Callable[[nn.Module], nn.Module] = eager_transformers) -> Reference:

@@ -63,7 +63,7 @@ def placeholder_inputs(images: int, image: Tensor | None = None, **ids_options: 
 
 def decoder(
     name: str,
-    model: type[nn.Module],
+    model: str,
     config: Callable[[], Any],
     inputs: Callable[[], Inputs],
     *,
@@ -72,10 +72,10 @@ def decoder(
     reference: Reference | None = None,
     notes: str = "",
 ) -> Case:
-    """A case whose image tokens are placeholders in the input ids."""
+    """A case whose image tokens are placeholders in the input ids; `model` names a class of transformers."""
 
     def build():
-        return random_model(lambda: model(config())), inputs()
+        return random_model(lambda: getattr(hf, model)(config())), inputs()
 
     own = reference or returned(lambda out: out.attentions[-1])
     layers = {"S": Layer(path)}
@@ -86,7 +86,7 @@ def llava_like(name: str, images: int, *, image: Tensor | None = None, kind: str
     """LLaVA and its relatives: a vision tower, a projector, a language model."""
     names = {"llava": "Llava", "llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision", "internvl": "InternVL"}
     family = names[name.removesuffix("_left_padded")]
-    model, config = getattr(hf, family + "ForConditionalGeneration"), getattr(hf, family + "Config")
+    config = lambda: getattr(hf, family + "Config")(**options)
     ids_options = options.pop("ids", {})
     sizes = options.pop("sizes", None)
 
@@ -94,7 +94,7 @@ def llava_like(name: str, images: int, *, image: Tensor | None = None, kind: str
         made = placeholder_inputs(images, image, **ids_options)()
         return made if sizes is None else made | {"image_sizes": torch.tensor([sizes] * 2)}
 
-    return decoder(name, model, lambda: config(**options), inputs, kind=kind)
+    return decoder(name, family + "ForConditionalGeneration", config, inputs, kind=kind)
 
 
 def git() -> Case:
@@ -125,7 +125,7 @@ def paligemma() -> Case:
         suffix = (torch.arange(made["input_ids"].shape[1]) >= 8).long()
         return made | {"token_type_ids": suffix.expand(2, -1).contiguous()}
 
-    return decoder("paligemma", hf.PaliGemmaForConditionalGeneration, config, inputs, kind="prefix decoder")
+    return decoder("paligemma", "PaliGemmaForConditionalGeneration", config, inputs, kind="prefix decoder")
 
 
 def gemma3(name: str, layer_types: list[str]) -> Case:
@@ -144,7 +144,7 @@ def gemma3(name: str, layer_types: list[str]) -> Case:
         made = placeholder_inputs(4, pixels(2, 3, 32, 32), before=(BOS, IMAGE_START), after=(IMAGE_END,))()
         return made | {"token_type_ids": (made["input_ids"] == IMAGE).long()}
 
-    return decoder(name, hf.Gemma3ForConditionalGeneration, config, inputs, kind="prefix decoder")
+    return decoder(name, "Gemma3ForConditionalGeneration", config, inputs, kind="prefix decoder")
 
 
 def blip_2() -> Case:
@@ -160,7 +160,7 @@ def blip_2() -> Case:
     path = "language_model.model.decoder.layers.1.self_attn"
     reference = hooked({"S": Layer(path)})
     inputs = placeholder_inputs(5)
-    return decoder("blip_2", hf.Blip2ForConditionalGeneration, config, inputs, path=path, reference=reference)
+    return decoder("blip_2", "Blip2ForConditionalGeneration", config, inputs, path=path, reference=reference)
 
 
 def janus() -> Case:
@@ -190,7 +190,7 @@ def janus() -> Case:
             },
         )
 
-    return decoder("janus", hf.JanusForConditionalGeneration, config, placeholder_inputs(4))
+    return decoder("janus", "JanusForConditionalGeneration", config, placeholder_inputs(4))
 
 
 def chameleon() -> Case:
@@ -216,7 +216,7 @@ def chameleon() -> Case:
         )
 
     inputs = placeholder_inputs(16, pixels(2, 3, 8, 8))
-    return decoder("chameleon", hf.ChameleonForConditionalGeneration, config, inputs, path="model.layers.1.self_attn")
+    return decoder("chameleon", "ChameleonForConditionalGeneration", config, inputs, path="model.layers.1.self_attn")
 
 
 def kosmos2() -> Case:
@@ -253,7 +253,7 @@ def idefics(name: str, family: str) -> Case:
         return make(image_token_id=IMAGE, vision_config=vision, scale_factor=2, text_config=LLAMA)
 
     inputs = placeholder_inputs(4, pixels(2, 1, 3, 32, 32))
-    model = getattr(hf, family + "ForConditionalGeneration")
+    model = family + "ForConditionalGeneration"
     return decoder(name, model, config, inputs, path="model.text_model.layers.1.self_attn")
 
 
@@ -316,7 +316,7 @@ def qwen(name: str) -> Case:
         grid = torch.tensor([[1, 4, 4]] * 2)
         return made | {"image_grid_thw": grid, "mm_token_type_ids": (made["input_ids"] == IMAGE).int()}
 
-    return decoder(name, getattr(hf, family + "ForConditionalGeneration"), config, inputs)
+    return decoder(name, family + "ForConditionalGeneration", config, inputs)
 
 
 def phi4_multimodal() -> Case:
@@ -358,7 +358,7 @@ def phi4_multimodal() -> Case:
         model.set_attn_implementation({"": "eager", "vision_config": "sdpa", "audio_config": "sdpa"})
         return model
 
-    case = decoder("phi4_multimodal", hf.Phi4MultimodalForCausalLM, config, inputs, path="model.layers.1.self_attn")
+    case = decoder("phi4_multimodal", "Phi4MultimodalForCausalLM", config, inputs, path="model.layers.1.self_attn")
     reference = returned(lambda out: out.attentions[-1], eager_text)
     notes = "the vision tower is causal under sdpa only, so eager is compared for the language model alone"
     return Case(

@@ -2,9 +2,11 @@
 
 import copy
 from collections.abc import Callable
+from inspect import signature
 
 import timm
 import torch
+from timm.models.eva import Eva
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -55,8 +57,9 @@ class TimmBlocks(Joint):
 
     def attend(self, tokens: Tensor, real: Tensor) -> Tensor:
         mask = torch.zeros(real.shape[0], 1, 1, real.shape[1]).masked_fill(~real[:, None, None], -torch.inf)
+        masked = {"attn_mask": mask} if "attn_mask" in signature(Block.forward).parameters else {}  # none in timm 1.0.3
         for block in self.blocks:
-            tokens = block(tokens, attn_mask=mask)
+            tokens = block(tokens, **masked)
         return tokens
 
 
@@ -147,11 +150,13 @@ def torch_joint(name: str, make: Callable[[], nn.Module], path: str) -> Case:
     return Case(name, "encoder", build, {"S": Layer(path)}, *text_then(4), reference, lambda model: None)
 
 
+EVA_NORMS = {"qk_norm": True} if "qk_norm" in signature(Eva).parameters else {}  # none in timm 1.0.3
+
 CASES = [
     timm_joint("timm_fused", True),
     timm_joint("timm_unfused", False),
     timm_image("timm_beit", "beit_base_patch16_224", opaque=("S",), notes="relative position bias"),
-    timm_image("timm_eva02", "eva02_tiny_patch14_224", notes="rotary, q and k norms", qk_norm=True),
+    timm_image("timm_eva02", "eva02_tiny_patch14_224", notes="rotary, q and k norms", **EVA_NORMS),
     torch_joint("torch_encoder", lambda: TorchEncoder(True), "encoder.layers.1.self_attn"),
     torch_joint("torch_encoder_length_first", lambda: TorchEncoder(False), "encoder.layers.1.self_attn"),
     torch_joint("torch_attention", lambda: TorchAttention(False), "attention"),
