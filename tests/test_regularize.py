@@ -8,13 +8,25 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_outputs import SequenceClassifierOutput
 
 from attncongruence import CACRLoss, IAISLoss, TokenLayout, cacr_loss, capture_attention, regularize
 from attncongruence.training.share import share_of
 from attncongruence.training.steps import listeners
 from tests.helpers.models import Attention, hook_count
-from tests.helpers.regularizing import FORMS, LENGTH, SAMPLES, TEXT, Model, gradients, logits_of, loss_of, parts
+from tests.helpers.regularizing import (
+    EACH_FORM,
+    FORMS,
+    LENGTH,
+    SAMPLES,
+    TEXT,
+    Model,
+    gradients,
+    logits_of,
+    loss_of,
+    model_output,
+    needs_transformers,
+    parts,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +45,7 @@ def x() -> Tensor:
 # -- what is added ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", EACH_FORM)
 def test_the_loss_is_added_wherever_the_model_returns_one(form, x):
     main, congruence = parts(x)
     model = Model(form)
@@ -336,7 +348,11 @@ def test_micro_batches_of_a_loop_of_ones_own(x):
         (lambda logits: logits, r"a tensor of shape \(4, 1\)"),
         (lambda logits: None, "None"),
         (lambda logits: (), "a tuple"),
-        (lambda logits: SequenceClassifierOutput(logits=logits), "SequenceClassifierOutput with logits"),
+        pytest.param(
+            lambda logits: model_output(logits=logits),
+            "SequenceClassifierOutput with logits",
+            marks=needs_transformers,
+        ),
         (lambda logits: torch.tensor(3), r"a tensor of shape \(\)"),
     ],
 )

@@ -363,6 +363,7 @@ def bert():
     return BertModel(config).eval()
 
 
+@pytest.mark.needs("transformers>=4.30")
 @every_case
 def test_a_captured_layer_with_padding(name, convention):
     model, ids = bert(), torch.arange(20).view(2, 10)

@@ -3,10 +3,10 @@
 import collections
 import dataclasses
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_outputs import SequenceClassifierOutput
 
 from attncongruence import cacr_loss, capture_attention
 from tests.helpers.models import Stack
@@ -27,8 +27,17 @@ class Thing:
         self.loss, self.logits = loss, logits
 
 
+needs_transformers = pytest.mark.needs("transformers>=4.30")
+
+
+def model_output(**fields: Tensor) -> object:
+    from transformers.modeling_outputs import SequenceClassifierOutput
+
+    return SequenceClassifierOutput(**fields)
+
+
 FORMS = {
-    "ModelOutput": lambda loss, logits: SequenceClassifierOutput(loss=loss, logits=logits),
+    "ModelOutput": lambda loss, logits: model_output(loss=loss, logits=logits),
     "dict": lambda loss, logits: {"logits": logits, "loss": loss},
     "tuple": lambda loss, logits: (loss, logits),
     "list": lambda loss, logits: [loss, logits],
@@ -40,6 +49,8 @@ FORMS = {
     "tensor": lambda loss, logits: loss,
     "one number in a vector": lambda loss, logits: (loss[None], logits),
 }
+
+EACH_FORM = [pytest.param(name, marks=[needs_transformers] if name == "ModelOutput" else []) for name in FORMS]
 
 
 class Model(nn.Module):
