@@ -23,8 +23,10 @@ def test_configurations_of_others_name_no_kernel(config):
     assert record(model, "").query is not None
 
 
+interface = pytest.mark.needs("transformers>=4.53", reason="no attention interface in 4.30")
+
+
 def kernel_tables():
-    pytest.importorskip("transformers.masking_utils", reason="no attention interface before transformers 4.53")
     import transformers.modeling_utils  # noqa: F401
 
     tables = _compat.kernels()
@@ -32,6 +34,7 @@ def kernel_tables():
     return tables
 
 
+@interface
 def test_kernels():
     tables = kernel_tables()
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -44,6 +47,7 @@ def test_kernels():
         assert public()["attncongruence_test"] is table["attncongruence_test"] is len
 
 
+@interface
 def test_kernel_of():
     kernel_tables()
     from transformers import BertConfig
@@ -59,6 +63,7 @@ def test_kernel_of():
     assert _compat.kernel_of(config) is None
 
 
+@interface
 @pytest.mark.parametrize(
     "gone", ["modeling_utils.ALL_ATTENTION_FUNCTIONS", "masking_utils.ALL_MASK_ATTENTION_FUNCTIONS"]
 )
@@ -75,8 +80,8 @@ def test_without_an_interface_nothing_is_shown_and_nothing_raises(monkeypatch, g
     assert model.config is config
 
 
+@pytest.mark.needs("transformers")
 def test_exportable_state(monkeypatch):
-    pytest.importorskip("transformers")
     from transformers import trainer_callback
 
     there = _compat.exportable_state()
@@ -89,8 +94,8 @@ def test_exportable_state(monkeypatch):
     assert callable(type("Callback", (trainer_callback.TrainerCallback, gone), {})().on_log)
 
 
+@pytest.mark.needs("transformers")
 def test_without_kept_states_a_resumed_run_goes_on_at_trainers_step():
-    pytest.importorskip("transformers")
     from attncongruence.integrations.huggingface import CongruenceCallback
 
     model = ByHand()
@@ -100,9 +105,9 @@ def test_without_kept_states_a_resumed_run_goes_on_at_trainers_step():
         assert regularizer.step == 5
 
 
+@pytest.mark.needs("accelerate")
 def test_accelerate_is_asked_in_public():
-    state = pytest.importorskip("accelerate.state")
-    from accelerate import Accelerator
+    from accelerate import Accelerator, state
 
     state.AcceleratorState._reset_state(True)
     state.GradientState._reset_state()
