@@ -85,7 +85,7 @@ def first_call(
         peak = memory.peak(lambda: values.append(run()), plan.device)
     except torch.OutOfMemoryError as error:
         why = f"{type(error).__name__}: one map in float32 is {4 * entries / memory.GB:.1f} GB"
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except RuntimeError as error:  # of which those of the compiler are
         why = f"does not compile here: {type(getattr(error, 'inner_exception', error)).__name__}"
     else:
         guard.saw(form, entries, peak)

@@ -53,6 +53,7 @@ def test_a_checkpointed_layer_is_recorded_once_with_its_gradient(layers, fused):
         torch.testing.assert_close(our, their)
 
 
+@pytest.mark.needs("transformers>=4.53", reason="gradient_checkpointing_enable takes no options in 4.30")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", each(["llava", "visual_bert"], slow=False))
 def test_transformers_checkpointing_trains_what_no_checkpointing_does(name):

@@ -104,7 +104,7 @@ NEEDS = {name: FSDP2_ON_CPU for name, (job, _) in JOBS.items() if job is fsdp2}
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
-    jobs = {name: how for name, how in JOBS.items() if name not in NEEDS or has(NEEDS[name].args[0])}
+    jobs = {name: how for name, how in JOBS.items() if name not in NEEDS or all(map(has, NEEDS[name].args))}
     torch.save({name: job(rank, first) for name, (job, first) in jobs.items()}, os.path.join(folder, f"{rank}.pt"))
     dist.destroy_process_group()
 

@@ -23,7 +23,8 @@ def test_the_layout_is_that_of_the_model(name):
     model, inputs = case.build()
     with capture_attention(model, case.layers["S"].path) as capture:
         run(model, inputs)
-        captured = capture.pop()
+        twice = name == "flava" and not has("transformers>=4.53")  # 4.30 computes its softmax twice
+        captured = capture.pop_all()[1] if twice else capture.pop()
     layout = token_layout(model, inputs, captured)
     assert torch.equal(layout.text, case.text(inputs))
     assert torch.equal(layout.image, case.image(inputs))

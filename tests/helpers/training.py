@@ -4,8 +4,8 @@ import contextlib
 from collections.abc import Callable, Iterable
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration, ViltConfig, ViltForQuestionAnswering
 
 from attncongruence import CACRLoss, TokenLayout, capture_attention, regularize
 
@@ -19,10 +19,10 @@ def schedule(step: int) -> float:
     return 3.0 + 2.0 * step
 
 
-def vilt() -> ViltForQuestionAnswering:
+def vilt() -> nn.Module:
     """Labels are scores of answers, one row a sample. Its loss is a mean that knows nothing of num_items_in_batch."""
     torch.manual_seed(0)
-    config = ViltConfig(
+    config = transformers.ViltConfig(
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -36,7 +36,7 @@ def vilt() -> ViltForQuestionAnswering:
         initializer_range=0.3,
         num_labels=3,
     )
-    model = ViltForQuestionAnswering(config)
+    model = transformers.ViltForQuestionAnswering(config)
     model.accepts_loss_kwargs = False  # its forward takes **kwargs, and Trainer would believe that it uses them
     return model
 
@@ -55,11 +55,11 @@ def vilt_batch(size: int = 8) -> Batch:
     }
 
 
-def llava() -> LlavaForConditionalGeneration:
+def llava() -> nn.Module:
     """Labels are tokens, more or fewer a sample. Its loss is a sum divided by num_items_in_batch, if that comes."""
     torch.manual_seed(0)
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    config = LlavaConfig(
+    config = transformers.LlavaConfig(
         vision_config={**small, "model_type": "clip_vision_model", "image_size": 16, "patch_size": 8},
         text_config={
             **small,
@@ -71,7 +71,7 @@ def llava() -> LlavaForConditionalGeneration:
         image_token_index=IMAGE_ID,
         vision_feature_layer=-1,
     )
-    return LlavaForConditionalGeneration(config)
+    return transformers.LlavaForConditionalGeneration(config)
 
 
 def llava_batch(size: int = 8) -> Batch:
