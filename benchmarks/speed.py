@@ -85,7 +85,9 @@ def first_call(
         peak = memory.peak(lambda: values.append(run()), plan.device)
     except torch.OutOfMemoryError as error:
         why = f"{type(error).__name__}: one map in float32 is {4 * entries / memory.GB:.1f} GB"
-    except RuntimeError as error:  # of which those of the compiler are
+    except RuntimeError as error:  # those of the compiler are such
+        if form[1] != "compiled":
+            raise
         why = f"does not compile here: {type(getattr(error, 'inner_exception', error)).__name__}"
     else:
         guard.saw(form, entries, peak)
