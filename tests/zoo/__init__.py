@@ -47,6 +47,8 @@ NEEDS: Needs = {
         "smolvlm",
         "grounding_dino",
         "phi4_multimodal",
+        "kosmos2",
+        "blip_2_itm",
     ),
     ("transformers>=5.0", "the family is newer than 4.53"): ("florence2", "qwen3_vl"),
     ("transformers>=5.0", "4.53 does not read rope_parameters"): ("qwen2_vl", "qwen2_5_vl", "mllama"),
