@@ -1,6 +1,6 @@
 """What a test needs of other packages: `@pytest.mark.needs("torch>=2.11", reason="...")`, all of it decided here.
 
-Where a need is not met the test is an error that names it. Under `ATTNCONGRUENCE_MATRIX=1`, which runs the suite on older
+A test with an unmet need is an error that names it. Under `ATTNCONGRUENCE_MATRIX=1`, which runs the suite on older
 versions, it is deselected instead, and the summary says what was left out and why: nothing is skipped in silence.
 """
 
