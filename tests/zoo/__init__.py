@@ -50,6 +50,7 @@ NEEDS: Needs = {
         "kosmos2",
         "blip_2_itm",
     ),
+    ("transformers>=4.53", "image tokens have no place in its ids in 4.30"): ("blip_2",),
     ("transformers>=5.0", "the family is newer than 4.53"): ("florence2", "qwen3_vl"),
     ("transformers>=5.0", "4.53 does not read rope_parameters"): ("qwen2_vl", "qwen2_5_vl", "mllama"),
     ("transformers>=5.17", "the family is newer than 5.0"): ("modernvbert",),
