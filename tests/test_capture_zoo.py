@@ -46,7 +46,7 @@ def gradients(model: nn.Module, probabilities: dict[str, Tensor], case: Case, in
     return dict(zip(named, torch.autograd.grad(loss, list(named.values()), allow_unused=True), strict=True))
 
 
-@pytest.mark.parametrize("name", each(CASES))
+@pytest.mark.parametrize("name", each(CASES, reference=True))
 def test_probabilities_and_gradients_are_those_of_eager_attention(name):
     case = CASES[name]
     model, inputs = case.build()

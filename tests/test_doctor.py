@@ -10,7 +10,7 @@ from attncongruence.doctor import examine
 from attncongruence.doctor.text import as_text
 from tests.helpers import training
 from tests.helpers.models import ByHandAttention, Plain, X
-from tests.zoo import CASES
+from tests.zoo import CASES, each, needs
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # libraries on their own tiny random models
 
@@ -24,7 +24,7 @@ def captured(model, inputs, layer):
         return capture.pop()
 
 
-@pytest.mark.parametrize("name", ["vilt", "llava", "git", "timm_fused", "torch_encoder", "florence2"])
+@pytest.mark.parametrize("name", each(["vilt", "llava", "git", "timm_fused", "torch_encoder", "florence2"], slow=False))
 def test_real_models_need_no_word_about_their_layout(name):
     case = CASES[name]
     model, inputs = case.build()
@@ -68,6 +68,7 @@ class Shifted(nn.Module):
         return torch.softmax(scores - scores.amax(-1, keepdim=True), -1) @ self.value(x)[:, None]
 
 
+@needs("llava")
 def test_what_was_captured():
     vilt, llava = (examine(*CASES[name].build(), rounds=1).captured for name in ("vilt", "llava"))
     assert (vilt.shape, vilt.dtype, vilt.mask, vilt.streaming) == ((2, 4, 25, 25), "float32", "tokens", True)
@@ -185,7 +186,7 @@ def test_a_layout_against_the_pictures_is_told():
     assert "Those that change: 0 to 4" in report.troubles[0].came
 
 
-@pytest.mark.parametrize("name", ["lxmert", "blip_itm", "mllama", "grounding_dino", "timm_beit"])
+@pytest.mark.parametrize("name", each(["lxmert", "blip_itm", "mllama", "grounding_dino", "timm_beit"], slow=False))
 def test_without_a_joint_sequence_nothing_is_made_up(name):
     report = examine(*CASES[name].build(), rounds=1)
     assert not report.ok

@@ -1,6 +1,6 @@
 """What a test needs of other packages: `@pytest.mark.needs("torch>=2.11", reason="...")`, all of it decided here.
 
-Where a need is not met the test fails and names it. Under `ATTNCONGRUENCE_MATRIX=1`, which runs the suite on older
+A test with an unmet need is an error that names it. Under `ATTNCONGRUENCE_MATRIX=1`, which runs the suite on older
 versions, it is deselected instead, and the summary says what was left out and why: nothing is skipped in silence.
 """
 
@@ -55,8 +55,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.stash[_LEFT_OUT].update((item.nodeid, need) for item, need in left_out.items())
 
 
+@pytest.hookimpl(tryfirst=True)  # before its fixtures
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Anywhere else such a test fails."""
+    """Anywhere else such a test is an error."""
     if need := unmet(item):
         pytest.fail(f"this environment lacks {need}; a matrix of older versions sets {MATRIX}=1", pytrace=False)
 

@@ -29,12 +29,9 @@ QUICK = (
     "torch_attention_weights",
 )
 
-
 # What a case needs, and why. Only some versions were tried: transformers 4.30.2, 4.53.0, 5.0.0, 5.17.0 and newer.
-NEEDS: dict[tuple[str, str], tuple[str, ...]] = {
-    ("transformers>=5.17", "the family is newer than 5.0"): ("modernvbert",),
-    ("transformers>=5.17", "its language model returns no attentions in 5.0"): ("blip_2",),
-    ("transformers>=5.24", "its eager and its sdpa attention differ up to 5.17"): ("kosmos2",),
+Needs = dict[tuple[str, str], tuple[str, ...]]
+NEEDS: Needs = {
     ("transformers>=4.53", "the family is newer than 4.30"): (
         "paligemma",
         "gemma3",
@@ -49,35 +46,45 @@ NEEDS: dict[tuple[str, str], tuple[str, ...]] = {
         "idefics3",
         "smolvlm",
         "grounding_dino",
+        "phi4_multimodal",
+        "kosmos2",
+        "blip_2_itm",
     ),
+    ("transformers>=4.53", "image tokens have no place in its ids in 4.30"): ("blip_2",),
     ("transformers>=5.0", "the family is newer than 4.53"): ("florence2", "qwen3_vl"),
-    ("transformers>=5.0", "its Q-Former returns no probabilities in 4.53"): ("blip_2_itm",),
-    ("transformers>=5.0", "its eager attention returns no probabilities in 4.53"): ("bridgetower",),
-    ("transformers>=5.0", "eager attention for the language model alone cannot be set in 4.53"): ("phi4_multimodal",),
     ("transformers>=5.0", "4.53 does not read rope_parameters"): ("qwen2_vl", "qwen2_5_vl", "mllama"),
+    ("transformers>=5.17", "the family is newer than 5.0"): ("modernvbert",),
+}
+# What a case needs to be compared with the model's own eager attention.
+REFERENCE_NEEDS: Needs = {
+    ("transformers>=5.0", "eager attention returns no probabilities in 4.53"): ("blip_2_itm", "bridgetower"),
+    ("transformers>=5.0", "eager attention cannot be set for the language model alone in 4.53"): ("phi4_multimodal",),
+    ("transformers>=5.17", "eager attention returns no probabilities in 5.0"): ("blip_2",),
+    ("transformers>=5.24", "eager and sdpa attention differ up to 5.17"): ("kosmos2",),
 }
 
 
-def each(names: Iterable[str], *, slow: bool = True) -> list[object]:
+def each(names: Iterable[str], *, slow: bool = True, reference: bool = False) -> list[object]:
     """Parameters of a test: these cases with their needs, and those that are not QUICK marked as slow."""
-    late = [] if not slow else [name for name in CASES if name not in QUICK]
-    return [pytest.param(name, marks=[*_needs(name), *[pytest.mark.slow] * (name in late)]) for name in names]
+    tables = (NEEDS, REFERENCE_NEEDS) if reference else (NEEDS,)
+    marks = {name: [mark for table in tables for mark in _marks(name, table)] for name in CASES}
+    late = [name for name in CASES if slow and name not in QUICK]
+    return [pytest.param(name, marks=[*marks[name], *[pytest.mark.slow] * (name in late)]) for name in names]
 
 
-def needs(*names: str) -> Callable[[T], T]:
-    """Marks a test that takes these cases itself."""
+def needs(name: str) -> Callable[[T], T]:
+    """Marks a test that takes this case itself."""
 
     def mark(test: T) -> T:
-        for name in names:
-            for need in _needs(name):
-                test = need(test)
+        for need in _marks(name, NEEDS):
+            test = need(test)
         return test
 
     return mark
 
 
-def _needs(name: str) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.needs(need, reason=reason) for (need, reason), names in NEEDS.items() if name in names]
+def _marks(name: str, table: Needs) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.needs(need, reason=reason) for (need, reason), names in table.items() if name in names]
 
 
-__all__ = ["CASES", "NEEDS", "QUICK", "Case", "Layer", "each", "needs", "run", "set_kernel"]
+__all__ = ["CASES", "NEEDS", "QUICK", "REFERENCE_NEEDS", "Case", "Layer", "each", "needs", "run", "set_kernel"]
