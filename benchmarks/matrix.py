@@ -90,7 +90,6 @@ ENVIRONMENTS = (
     ),
     Environment("torch 2.14", "3.11", ("torch==2.14.1", "transformers==5.17.0", *HF)),
     Environment("newest", "3.11", ("torch", "transformers", *HF)),
-    Environment("newest, Python 3.13", "3.13", ("torch", "transformers", *HF)),
     Environment("newest, Python 3.14", "3.14", ("torch", "transformers", *HF)),
 )  # fmt: skip
 
