@@ -84,7 +84,7 @@ ENVIRONMENTS = (
         "lowest extras",
         "3.11",
         (
-            "torch==2.11.0", "torchvision", "pillow", "transformers==5.0.0", "accelerate==1.2.0", "timm==1.0.3",
+            "torch==2.11.0", "torchvision", "pillow", "transformers==5.0.0", "accelerate==1.3.0", "timm==1.0.3",
             "lightning==2.5.0", "peft", "matplotlib==3.9.0",
         ),
     ),

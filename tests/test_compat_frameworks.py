@@ -107,7 +107,7 @@ def test_without_kept_states_a_resumed_run_goes_on_at_trainers_step():
         assert regularizer.step == 5
 
 
-@pytest.mark.needs("accelerate>=1.2")
+@pytest.mark.needs("accelerate>=1.3")
 def test_accelerate_is_asked_in_public():
     from accelerate import Accelerator, state
 

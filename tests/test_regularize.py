@@ -308,7 +308,7 @@ def test_shares(batch, micro_batches, share, monkeypatch):
     assert share_of(batch, micro_batches) == (None if share is None else pytest.approx(share))
 
 
-@pytest.mark.needs("accelerate>=1.2")
+@pytest.mark.needs("accelerate>=1.3")
 @pytest.mark.parametrize(("items", "share"), [(4, 1.0), (3, 1.0), (5, None)])
 def test_a_step_of_one_micro_batch_is_known_from_accelerate(items, share):
     from accelerate import Accelerator
