@@ -137,25 +137,28 @@ def needs(path: Path) -> frozenset[str]:
 
 
 def cell(area: dict[str, Any]) -> str:
-    """What the table says of one area."""
+    """What is said of one area: how many tests passed, or how many did not."""
     if area["failed"]:
         return f"**{area['failed']:,} of {area['tests']:,} failed**"
-    return f"{area['passed']:,} passed"
+    return f"{area['passed']:,}"
 
 
 def table(results: dict[str, Any]) -> str:
     """What `docs/reliability.md` says of the results, as Markdown."""
-    title = f"| environment | Python | {' | '.join(SHOWN)} | {' | '.join(AREAS)} | what does not apply |"
-    lines = [title, "|" + " --- |" * (3 + len(SHOWN) + len(AREAS))]
+    lines = [f"| quick tests passed | {' | '.join(AREAS)} |", "| --- |" + " ---: |" * len(AREAS)]
+    notes = []
     for row in results["environments"]:
         if "not_run" in row:
-            cells = [row["python"], *["not run here"] * (len(SHOWN) + len(AREAS))]
-        else:
-            versions = row["versions"]
-            cells = [versions["python"], *(versions.get(name, "none") for name in SHOWN)]
-            cells += [cell(row["areas"][area]) for area in AREAS]
-        lines.append(f"| {row['name']} | {' | '.join([*cells, row['note']])} |")
-    return "\n".join(lines)
+            lines.append(f"| {row['name']}: not run here |{' |' * len(AREAS)}")
+            continue
+        shown = [("Python", row["versions"]["python"])]
+        shown += [(name, row["versions"][name]) for name in SHOWN if name in row["versions"]]
+        versions = ", ".join(" ".join(pair) for pair in shown)
+        cells = " | ".join(cell(row["areas"][area]) for area in AREAS)
+        lines.append(f"| {row['name']}: {versions} | {cells} |")
+        if row["note"]:
+            notes.append(f"- {row['name']}: {row['note']}.")
+    return "\n".join([*lines, "", "What does not apply:", "", *notes])
 
 
 def failed(results: dict[str, Any]) -> bool:
@@ -229,7 +232,7 @@ def main() -> int:
             write("matrix", "benchmarks.matrix", results)
     page = PAGE.read_text()
     start, end = page.index(START) + len(START), page.index(END)
-    PAGE.write_text(f"{page[:start]}{table(results)}\n{page[end:]}")
+    PAGE.write_text(f"{page[:start]}{table(results)}\n\n{page[end:]}")
     print(table(results))
     return int(failed(results))
 
