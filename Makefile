@@ -1,5 +1,6 @@
 # Every target sets up what it needs by itself; nothing has to be installed by hand but Python and make.
-# The versions are those of constraints.txt, in .venv; with NEWEST=1 they are today's, in .venv-newest.
+# The versions are those of constraints.txt, in .venv; with NEWEST=1 they are those of the day on which .venv-newest is
+# made, and `make drift` makes it anew.
 PYTHON ?= python3
 DEVICE ?= cpu
 NEWEST ?=
@@ -25,6 +26,7 @@ test-all: lint types  ## everything
 	$(PYTEST)
 
 drift:  ## what a new user meets today: the newest versions of everything
+	rm -f .venv-newest/.ready
 	$(MAKE) NEWEST=1 test
 
 lint: $(READY)
