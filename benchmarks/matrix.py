@@ -1,7 +1,7 @@
 """The quick tests in an environment for each version that the library claims to work with: `make matrix`.
 
-    python -m benchmarks.matrix                    # all of them; some minutes each, and some gigabytes in build/
-    python -m benchmarks.matrix "Python 3.14"      # the environments with these names; the others keep their results
+    python -m benchmarks.matrix                            # all of them; some minutes and some gigabytes each
+    python -m benchmarks.matrix "newest, Python 3.14"      # those with these names; the others keep their results
 
 Writes `benchmarks/results/matrix.json`, and the table of it in `docs/reliability.md`. An environment that cannot be
 made here (no such Python, say) is in the table as not run. The exit status says whether anything failed.
@@ -19,6 +19,8 @@ import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from packaging.requirements import Requirement
 
 from benchmarks.record import RESULTS, write
 
@@ -49,7 +51,7 @@ TOOLS = ("pytest", "pytest-xdist", "hypothesis", "numpy", "packaging", "scipy")
 
 @dataclass(frozen=True)
 class Environment:
-    """Versions that stand beside the library; those not named are what pip resolves today."""
+    """Versions that stand beside the library; those not named are the newest that go with them."""
 
     name: str
     python: str
@@ -58,8 +60,8 @@ class Environment:
     """What does not apply, in words."""
 
 
-# setuptools: inductor of PyTorch 2.6 imports it.
 HF = ("torchvision", "pillow", "accelerate", "peft", "timm", "lightning", "matplotlib")
+# setuptools: inductor of PyTorch 2.6 imports it.
 ENVIRONMENTS = (
     Environment(
         "lowest, alone",
@@ -100,7 +102,8 @@ def run(environment: Environment) -> dict[str, Any]:
     python = folder / "bin" / "python"
     made = _uv("venv", "--clear", "--python", environment.python, str(folder))
     if made is None:
-        packages = (*environment.packages, *(tool for tool in TOOLS if not _names(environment, tool)))
+        named = {Requirement(package).name for package in environment.packages}
+        packages = (*environment.packages, *(tool for tool in TOOLS if tool not in named))
         made = _uv("pip", "install", "--python", str(python), "--editable", str(ROOT), *packages)
     if made is not None:
         return {**asdict(environment), "not_run": made}
@@ -164,10 +167,6 @@ def table(results: dict[str, Any]) -> str:
 def failed(results: dict[str, Any]) -> bool:
     """Whether anything failed, in an environment that could be made."""
     return any(area.get("failed") for row in results["environments"] for area in row.get("areas", {}).values())
-
-
-def _names(environment: Environment, package: str) -> bool:
-    return any(name.split("=")[0].split("<")[0] == package for name in environment.packages)
 
 
 def _uv(*arguments: str) -> str | None:
