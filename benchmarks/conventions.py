@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from attncongruence import PRINTED, RELEASED, WEIGHTED_MEAN, Convention, cacr_loss, iais_loss, split_attention
-from attncongruence.equivalence import attention_map, equivalence, project
+from attncongruence.maps import attention_map, equivalence, project
 from benchmarks.record import committed, write
 
 BATCH, HEADS, TEXT, IMAGE, WIDTH = 16, 12, 20, 36, 64

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attncongruence import PRINTED, RELEASED, WEIGHTED_MEAN, Convention, QueryKey, cacr_loss, iais_loss
-from attncongruence.fast.streaming import pays
+from attncongruence.streaming.per_sample import pays
 from benchmarks.released_loop import cacr_per_sample
 
 LOSSES: dict[str, tuple[Callable[..., Tensor], Convention]] = {

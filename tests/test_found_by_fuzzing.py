@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from jaxtyping import TypeCheckError
 
 from attncongruence import (
     RELEASED,
@@ -18,8 +17,6 @@ from attncongruence import (
     argmax_entropy,
     attention_distance,
     cacr_loss,
-    cacr_loss_qk,
-    constant,
     exponential_warmup,
     hard_equivalence_loop,
     iais_loss,
@@ -112,11 +109,11 @@ def test_argmax_entropy_passes_nan_on():
 def test_metrics_check_shapes_and_types():
     # Their checker looked at the wrapper of torch.no_grad, which takes anything.
     for wrong in (torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, 3), [[0, 1, 2]]):
-        with pytest.raises(TypeCheckError, match="regions"):
+        with pytest.raises(ValueError, match="regions"):
             attention_distance(S, 3, regions=wrong)
     for metric in (attention_distance, argmax_entropy):
         for nothing in (None, S.numpy(), [S]):
-            with pytest.raises(TypeCheckError, match="attention"):
+            with pytest.raises(ValueError, match="attention"):
                 metric(nothing, 3)
 
 
@@ -173,13 +170,13 @@ def test_no_head_is_refused(read):
 @pytest.mark.parametrize("impl", ["dense", "streaming"])
 def test_queries_and_keys_need_a_head_and_a_width(query, key, impl):
     with pytest.raises(ValueError, match="both need at least one head and a width"):
-        cacr_loss_qk(randn(*query), randn(*key), 2, impl=impl)
+        cacr_loss(QueryKey(randn(*query), randn(*key)), 2, impl=impl)
 
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf, 10**400], ids=["nan", "inf", "-inf", "huge"])
 def test_a_scale_is_finite(scale):
     with pytest.raises(ValueError, match=r"scale.* must be (finite|a number in the range of floats)"):
-        cacr_loss_qk(randn(1, 2, 5, 4), randn(1, 2, 5, 4), 2, scale=scale)
+        cacr_loss(QueryKey(randn(1, 2, 5, 4), randn(1, 2, 5, 4), scale), 2)
     with pytest.raises(TypeError, match="scale='1' is a str: it must be a number"):
         QueryKey(randn(1, 2, 5, 4), randn(1, 2, 5, 4), "1")
 
@@ -228,7 +225,7 @@ def test_the_loops_need_values():
 
 def test_streams_of_something_else():
     blocks = {"LL": randn(1, 2, 2), "LV": randn(1, 2, 3), "VV": randn(1, 3, 3)}
-    with pytest.raises(TypeCheckError, match="LV"):
+    with pytest.raises(ValueError, match="LV"):
         AttentionBlocks.from_streams(**blocks | {"LV": blocks["LV"].numpy()})
 
 
@@ -262,7 +259,6 @@ def test_schedules_of_no_number(schedule):
     with pytest.raises(ValueError, match="total_steps must be a number in the range of floats"):
         schedule(10**400)
     assert schedule(5)(math.inf) == schedule(5)(5)
-    assert constant()(10**300) == 1
 
 
 @pytest.mark.parametrize("name", ["temperature", "epsilon"])

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from jaxtyping import TypeCheckError
 
 from attncongruence import (
     PRINTED,
@@ -430,7 +429,7 @@ def test_modules_refuse_at_once():
         CACRLoss(direction="up")
     with pytest.raises(ValueError, match="alignment='soft' is not known"):
         IAISLoss(alignment="soft")
-    with pytest.raises(TypeCheckError, match="convention"):
+    with pytest.raises(ValueError, match="convention"):
         IAISLoss("distributed")
 
 
@@ -441,24 +440,24 @@ MASK = torch.ones(2, 6, dtype=torch.bool)
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        ((randn(2, 2, 6, 5), 3), {}, TypeCheckError, "length length"),
-        ((randn(6, 6), 3), {}, TypeCheckError, "batch length length"),
-        ((randn(1, 2, 2, 6, 6), 3), {}, TypeCheckError, "batch heads length length"),
-        ((torch.zeros(2, 2, 6, 6, dtype=torch.long), 3), {}, TypeCheckError, "attention"),
+        ((randn(2, 2, 6, 5), 3), {}, ValueError, "length length"),
+        ((randn(6, 6), 3), {}, ValueError, "batch length length"),
+        ((randn(1, 2, 2, 6, 6), 3), {}, ValueError, "batch heads length length"),
+        ((torch.zeros(2, 2, 6, 6, dtype=torch.long), 3), {}, ValueError, "attention"),
         ((S, 7), {}, ValueError, "n_text=7 is out of range: a sequence of 6 positions allows 0 to 6"),
         ((S, -1), {}, ValueError, "n_text=-1 is out of range"),
         ((S, torch.tensor([3, 7])), {}, ValueError, "n_text=7 is out of range"),
         ((S, torch.tensor([-2, 3])), {}, ValueError, "n_text=-2 is out of range"),
-        ((S, torch.tensor([3, 3, 3])), {}, TypeCheckError, "n_text"),
-        ((S, torch.tensor([3.0, 3.0])), {}, TypeCheckError, "n_text"),
-        ((S, 3.0), {}, TypeCheckError, "n_text"),
+        ((S, torch.tensor([3, 3, 3])), {}, ValueError, "n_text"),
+        ((S, torch.tensor([3.0, 3.0])), {}, ValueError, "n_text"),
+        ((S, 3.0), {}, ValueError, "n_text"),
         ((S,), {}, ValueError, "n_text is missing"),
         ((S, TokenLayout(MASK, ~MASK)[[0, 1, 0]]), {}, ValueError, r"the layout is for \(batch, length\) = \(3, 6\)"),
         ((S, TokenLayout(MASK[:, :5], ~MASK[:, :5])), {}, ValueError, r"= \(2, 5\), the scores have \(2, 6\)"),
         ((split_attention(S, 3), 3), {}, ValueError, "leave n_text and mask out"),
         ((S[:, 0], 3), {"mask": torch.ones(2, 3, 6, 6, dtype=torch.bool)}, ValueError, "the mask is for 3 heads"),
-        ((S, 3), {"mask": MASK[:, :5]}, TypeCheckError, "mask"),
-        ((S, 3), {"mask": MASK.double()}, TypeCheckError, "mask"),
+        ((S, 3), {"mask": MASK[:, :5]}, ValueError, "mask"),
+        ((S, 3), {"mask": MASK.double()}, ValueError, "mask"),
         (
             (S, 3),
             {"direction": "text"},
@@ -472,7 +471,7 @@ MASK = torch.ones(2, 6, dtype=torch.bool)
             "reduction='avg' is not known: it must be one of 'mean', 'sum', 'none'",
         ),
         ((S, 3), {"impl": "fast"}, ValueError, "impl='fast' is not known"),
-        ((S, 3), {"convention": "RELEASED"}, TypeCheckError, "convention"),
+        ((S, 3), {"convention": "RELEASED"}, ValueError, "convention"),
         (
             (S, 3),
             {"mask": MASK.to("meta")},

@@ -1,10 +1,10 @@
 """Errors and warnings say what to do: those that new users met first."""
 
+import re
 import warnings
 
 import pytest
 import torch
-from jaxtyping import TypeCheckError
 
 from attncongruence import (
     WEIGHTED_MEAN,
@@ -31,8 +31,8 @@ STREAMS = {"LL": zeros(1, 6, 6), "LV": zeros(1, 6, 8), "VL": zeros(1, 8, 6), "VV
         (lambda: cacr_loss(S, 5, mask=torch.ones(2, 5).long()), "mask", "TokenLayout.from_segments"),
         (lambda: cacr_loss(S[..., :5], 5), "attention", "AttentionBlocks.from_streams"),
         (lambda: split_attention(S.long(), 5), "S", "scores are square"),
-        (lambda: TokenLayout(zeros(2, 9), zeros(2, 9).bool()), "text", "TokenLayout.from_masks takes integers"),
-        (lambda: TokenLayout(zeros(2, 9).bool(), zeros(2, 8).bool()), "image", "from_segments one mask for each"),
+        (lambda: TokenLayout(zeros(2, 9), zeros(2, 9).bool()), "text", "TokenLayout.from_masks also takes integers"),
+        (lambda: TokenLayout(zeros(2, 9).bool(), zeros(2, 8).bool()), "image", "from_segments takes one mask for each"),
         (
             lambda: AttentionBlocks.from_streams(**STREAMS | {"LV": STREAMS["VL"], "VL": STREAMS["LV"]}),
             "LV",
@@ -40,13 +40,11 @@ STREAMS = {"LL": zeros(1, 6, 6), "LV": zeros(1, 6, 8), "VL": zeros(1, 8, 6), "VV
         ),
     ],
 )
-def test_the_last_line_says_what_to_do(call, argument, remedy):
-    with pytest.raises(TypeCheckError, match=f"parameter '{argument}'") as raised:
+def test_one_line_says_what_came_what_was_expected_and_what_to_do(call, argument, remedy):
+    with pytest.raises(ValueError, match=remedy) as raised:
         call()
-    last = str(raised.value).splitlines()[-1]
-    assert last == f"{argument}: {REMEDIES[argument]}"
-    with pytest.raises(TypeCheckError, match=remedy):
-        call()
+    message = str(raised.value)
+    assert re.fullmatch(rf"{argument} is \w+\[[\d,]+\]; expected .*: {re.escape(REMEDIES[argument])}", message), message
 
 
 def test_two_streams_are_not_told_to_stream():
@@ -83,7 +81,7 @@ def test_a_mask_of_the_text_alone_beside_a_captured_layer():
         captured = capture.pop()
     q, k = captured.query, captured.key
     for attention, impl in ((captured, "auto"), (captured, "streaming"), (QueryKey(q, k), "streaming")):
-        with pytest.raises((ValueError, TypeCheckError), match=r"becomes a layout: n_text=TokenLayout\.from_segments"):
+        with pytest.raises(ValueError, match=r"pass a layout: n_text=TokenLayout\.from_segments"):
             cacr_loss(attention, 5, mask=torch.ones(2, 5, dtype=torch.bool), impl=impl)
     for shape in ((3, 9), (2, 3, 9, 9)):
         with pytest.raises(ValueError, match=r"the mask has shape .* batch 2, heads 1, length 9"):

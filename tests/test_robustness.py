@@ -20,7 +20,6 @@ from attncongruence import (
     argmax_entropy,
     attention_distance,
     cacr_loss,
-    cacr_loss_qk,
     constant,
     exponential_warmup,
     linear_warmup,
@@ -148,10 +147,12 @@ def test_queries_and_keys(data):
 
     def call(impl):
         if name == "cacr":
-            return cacr_loss_qk(q, k, where, scale=scale, impl=impl, convention=CONVENTIONS[convention], **options)
+            return cacr_loss(QueryKey(q, k, scale), where, impl=impl, convention=CONVENTIONS[convention], **options)
         return fast(name, QueryKey(q, k, scale), where, impl=impl, convention=convention, **options)
 
-    results = [outcome("cacr_loss_qk", lambda i=i: call(i), valid=bool(fits)) for i in ("auto", "dense", "streaming")]
+    results = [
+        outcome("cacr_loss(QueryKey)", lambda i=i: call(i), valid=bool(fits)) for i in ("auto", "dense", "streaming")
+    ]
     if not fits:
         return
     exact = QueryKey(q.detach().double(), k.detach().double(), scale)

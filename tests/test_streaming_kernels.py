@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from attncongruence import QueryKey
-from attncongruence.fast import low_rank, mean_map, mean_map_gpu, streaming, triton, triton_map, triton_map_grad
+from attncongruence.streaming import (
+    low_rank,
+    low_rank_kernels,
+    map_grad_kernels,
+    map_kernels,
+    mean_map,
+    mean_map_gpu,
+    per_sample,
+)
 from tests.helpers.problems import CASES, DIRECTIONS, assert_close, fast, make_problem, pairwise, randn
 
 
@@ -14,8 +22,8 @@ def device(monkeypatch):
     monkeypatch.setattr(mean_map_gpu, "cache_bytes", lambda device: 800)
     if torch.cuda.is_available():
         return "cuda"
-    for module in (low_rank, mean_map, streaming):
-        monkeypatch.setattr(module, "kernels", triton.supported)
+    for module in (low_rank, mean_map, per_sample):
+        monkeypatch.setattr(module, "kernels", low_rank_kernels.supported)
     return "cpu"
 
 
@@ -33,10 +41,10 @@ def value_and_grads(loss, *inputs):
 def test_kernels_are_dense(name, convention, direction, kind, device, monkeypatch):
     used = []
     for module, function in (
-        (triton, "low_rank_kl"),
-        (triton_map, "mean_rows"),
-        (triton_map_grad, "mean_rows_grad_q"),
-        (triton_map_grad, "mean_rows_grad_k"),
+        (low_rank_kernels, "low_rank_kl"),
+        (map_kernels, "mean_rows"),
+        (map_grad_kernels, "mean_rows_grad_q"),
+        (map_grad_kernels, "mean_rows_grad_k"),
     ):
         original = getattr(module, function)
         monkeypatch.setattr(module, function, lambda *x, f=original: used.append(f.__name__) or f(*x))
@@ -92,4 +100,4 @@ def test_half_precision_errs_no_more_than_half_scores_do(name, convention, dtype
 
 def test_float64_takes_no_kernel(device):
     q = torch.zeros(1, 1, 4, 4, dtype=torch.float64, device=device)
-    assert not triton.supported(q)
+    assert not low_rank_kernels.supported(q)

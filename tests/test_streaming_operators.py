@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from attncongruence import symmetric_kl
-from attncongruence.divergence import there_and_back
-from attncongruence.fast import tiles
-from attncongruence.fast.low_rank import low_rank_kl
-from attncongruence.fast.mean_map import mean_map
+from attncongruence.divergence import distributed_kl
+from attncongruence.streaming import tiles
+from attncongruence.streaming.low_rank import low_rank_kl
+from attncongruence.streaming.mean_map import mean_map
 from tests.helpers.problems import assert_close, pairwise, randn, set_tiles
 
 
@@ -64,7 +64,7 @@ def map_by_hand(q, k, E, F, G, lengths, target):
         rows = {
             "softmax": lambda X=X, T=T: symmetric_kl(X, T),
             "log": lambda X=X, T=T: symmetric_kl(X, T.log()),
-            "distributed": lambda X=X, T=T: there_and_back(X, T, 1e-3),
+            "distributed": lambda X=X, T=T: distributed_kl(X, T, 1e-3),
         }
         losses.append(rows[target]().sum())
     return torch.stack(R), torch.stack(losses)

@@ -10,13 +10,13 @@ import pytest
 import torch
 import triton
 
-from attncongruence.fast import triton as kernels
-from attncongruence.fast import triton_map, triton_map_grad, triton_tiles
+from attncongruence.streaming import kernel_tiles, map_grad_kernels, map_kernels
+from attncongruence.streaming import low_rank_kernels as kernels
 from tests.helpers.problems import assert_close, randn
 from tests.helpers.triton_problems import HALF, beyond, distance, low_rank_loss, mean_map, with_grad
 
 SLOW = pytest.mark.slow  # the interpreter takes a second for a few tiles
-INTERPRETED = triton_tiles.INTERPRETED.value
+INTERPRETED = kernel_tiles.INTERPRETED.value
 
 
 @pytest.fixture
@@ -203,13 +203,13 @@ def map_and_grad(q, k, lengths, scale, chunks, dT, device, dk=0.0):
     dT = dT.masked_fill(outside, torch.nan).to(device)
     q, k, lengths = spoil(q, lengths).to(device), spoil(k, lengths).to(device), lengths.to(device)
     assert real.shape == q.shape[::2]
-    lse = triton_map.row_logsumexp(q, k, lengths, scale)
+    lse = map_kernels.row_logsumexp(q, k, lengths, scale)
     dk, Ts, dqs = torch.full(k.shape, dk, device=device), [], []
     for start, stop in zip(chunks, [*chunks[1:], q.shape[2]], strict=True):
         chunk = lse, lengths, scale, start, stop
-        Ts.append(triton_map.mean_rows(q, k, *chunk))
-        dq, c = triton_map_grad.mean_rows_grad_q(q, k, *chunk, dT[:, start:stop])
-        triton_map_grad.mean_rows_grad_k(q, k, *chunk, dT[:, start:stop], c, dk)
+        Ts.append(map_kernels.mean_rows(q, k, *chunk))
+        dq, c = map_grad_kernels.mean_rows_grad_q(q, k, *chunk, dT[:, start:stop])
+        map_grad_kernels.mean_rows_grad_k(q, k, *chunk, dT[:, start:stop], c, dk)
         dqs.append(dq)
     return [lse.cpu(), torch.cat(Ts, 1).cpu(), torch.cat(dqs, 2).cpu(), dk.cpu()]
 
@@ -299,7 +299,7 @@ def test_tf32_is_asked_for():
     try:
         for allowed, precision in ((True, "tf32"), (False, "ieee")):
             torch.backends.cuda.matmul.allow_tf32 = allowed
-            assert triton_tiles.settings("statistics", torch.float32, 64)[2]["PRECISION"] == precision
+            assert kernel_tiles.settings("statistics", torch.float32, 64)[2]["PRECISION"] == precision
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
 

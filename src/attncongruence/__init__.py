@@ -18,19 +18,20 @@ from importlib.metadata import version
 
 from attncongruence.blocks import AttentionBlocks, split_attention
 from attncongruence.capture import AttentionCapture, CapturedAttention, capture_attention, find_attention
-from attncongruence.conventions import PRINTED, RELEASED, WEIGHTED_MEAN, Convention
+from attncongruence.conventions import CONVENTIONS, PRINTED, RELEASED, WEIGHTED_MEAN, Convention
 from attncongruence.divergence import symmetric_kl
 from attncongruence.layout import TokenLayout
-from attncongruence.losses import CACRLoss, IAISLoss, cacr_loss, cacr_loss_qk, iais_loss
+from attncongruence.losses import CACRLoss, IAISLoss, cacr_loss, iais_loss
 from attncongruence.metrics import WinogroundScores, argmax_entropy, attention_distance, recall_at_k, winoground_scores
 from attncongruence.reference import hard_equivalence_loop, soft_equivalence_loop
-from attncongruence.sources import QueryKey
+from attncongruence.sources import QueryKey, ScoreSource
 from attncongruence.training.regularize import LossParts, Regularizer, regularize
 from attncongruence.training.schedules import constant, exponential_warmup, linear_warmup, logarithmic_warmup
 
 __version__ = version("attncongruence")
 
 __all__ = [
+    "CONVENTIONS",
     "PRINTED",
     "RELEASED",
     "WEIGHTED_MEAN",
@@ -43,12 +44,12 @@ __all__ = [
     "LossParts",
     "QueryKey",
     "Regularizer",
+    "ScoreSource",
     "TokenLayout",
     "WinogroundScores",
     "argmax_entropy",
     "attention_distance",
     "cacr_loss",
-    "cacr_loss_qk",
     "capture_attention",
     "constant",
     "exponential_warmup",

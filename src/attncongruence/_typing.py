@@ -1,12 +1,13 @@
-"""What every public function does with its input: shapes checked at the call, options checked by name."""
+"""What every public function does with its input: shapes checked once at the call, options checked by name."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-import itertools
 import numbers
 import re
+import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 
@@ -19,31 +20,28 @@ from attncongruence._compat import mapped
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# A type checker sees the allowed words; at run time `one_of` says them in a ValueError, which reads better.
-# Likewise a count is an int and a factor a float to the checker, and any such number (NumPy's too) at run time.
+# A static type checker sees the allowed words. At run time `one_of` lists them in a ValueError, which reads better.
+# A count is an int to the static checker and any integer, NumPy's too, at run time.
 if TYPE_CHECKING:
     Count = int
-    Factor = float
     Direction = Literal["both", "language", "vision"]
     Reduction = Literal["mean", "sum", "none"]
     Alignment = Literal["singular", "distributed"]
     Impl = Literal["auto", "dense", "streaming"]
-    Loss = Literal["cacr", "singular", "distributed"]
     OneDirection = Literal["language", "vision"]
     Values = Literal["scores", "probabilities"]
 else:
     Count = numbers.Integral
-    Factor = numbers.Real
-    Direction = Reduction = Alignment = Impl = Loss = OneDirection = Values = str
+    Direction = Reduction = Alignment = Impl = OneDirection = Values = str
 
 
 _SQUARE = (
-    "scores are square, (batch, heads, length, length), over the joint sequence of text and image. Cross-attention and "
-    "the maps of two streams are put together by AttentionBlocks.from_streams."
+    "scores are square, (batch, heads, length, length), over the joint sequence of text and image. For cross-attention "
+    "and two-stream models, put the four maps together with AttentionBlocks.from_streams."
 )
 _ROLES = (
-    "the masks of a layout are bool and of one shape, (batch, length). TokenLayout.from_masks takes integers too, and "
-    "TokenLayout.from_segments one mask for each of two segments, (batch, n_text) and (batch, n_image)."
+    "the masks of a layout are bool and of one shape, (batch, length). TokenLayout.from_masks also takes integers, and "
+    "TokenLayout.from_segments takes one mask for each of two segments, (batch, n_text) and (batch, n_image)."
 )
 _BLOCKS = (
     "rows are queries and columns keys: LL is (batch, heads, text, text), LV (.., text, image), VL (.., image, text), "
@@ -52,8 +50,8 @@ _BLOCKS = (
 REMEDIES = {
     "attention": _SQUARE,
     "S": _SQUARE,
-    "mask": "a mask covers the joint sequence of text and image, (batch, length), bool or integer. One of the text "
-    "alone becomes a layout: n_text=TokenLayout.from_segments(text_mask, image_mask).",
+    "mask": "a mask covers the joint sequence of text and image, (batch, length), bool or integer. For a mask of "
+    "the text alone, pass a layout: n_text=TokenLayout.from_segments(text_mask, image_mask).",
     **dict.fromkeys(("text", "image"), _ROLES),
     **dict.fromkeys(("LL", "LV", "VL", "VV"), _BLOCKS),
 }
@@ -61,44 +59,69 @@ REMEDIES = {
 
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:
-    """Check a function's jaxtyping shapes and dtypes at each call; wrong ones raise `jaxtyping.TypeCheckError`.
+    """Check the shapes and dtypes of a function's arguments at each call, and raise a ValueError of one line.
 
-    Under `torch.compile` the call goes straight through unchecked: dynamo cannot trace the checker.
+    jaxtyping and beartype do the checking. Under `torch.compile`, which cannot trace them, nothing is checked.
     """
-    strict = jaxtyped(typechecker=beartype)(function)
-    parameters = tuple(inspect.signature(function).parameters)
+    arguments_only = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    arguments_only.__kwdefaults__ = function.__kwdefaults__
+    arguments_only.__annotations__ = {k: v for k, v in function.__annotations__.items() if k != "return"}
+    arguments_only.__module__, arguments_only.__qualname__ = function.__module__, function.__qualname__
+    strict = jaxtyped(typechecker=beartype)(arguments_only)
+    signature = inspect.signature(function)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        for name, value in itertools.chain(zip(parameters, args, strict=False), kwargs.items()):
-            if isinstance(value, torch.Tensor):
-                _computable(name, value)
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.Tensor) and (
+                value.layout != torch.strided or value.is_nested or value.element_size() < 2
+            ):
+                _refuse_without_arithmetic(signature.bind(*args, **kwargs).arguments)
         try:
-            return strict(*args, **kwargs)
+            return strict(*args, **kwargs)  # type: ignore[no-any-return]
         except TypeCheckError as error:
-            wrong = re.search(r"parameter '(\w+)'", str(error))
-            if wrong is None or wrong[1] not in REMEDIES or REMEDIES[wrong[1]] in str(error):
+            if f"{function.__module__}.{function.__qualname__}" not in str(error):  # raised inside of the function
                 raise
-            raise TypeCheckError(f"{error}\n{wrong[1]}: {REMEDIES[wrong[1]]}") from None
+            raise ValueError(_one_line(str(error))) from None
 
     return call
 
 
-def _computable(name: str, x: torch.Tensor) -> None:
+def _one_line(error: str) -> str:
+    """Which argument, what came, what was expected, what to do: from the report of jaxtyping."""
+    found = re.search(r"parameter '(\w+)'.\nActual value: (.*)\nExpected type: (.*?)\.?\n", error)
+    if found is None:
+        return " ".join(error.split())
+    name, came, expected = found.groups()
+    others = re.findall(r"'(\w+)': (\w+\[[\d,]*\])\(torch\)", error)
+    beside = ", ".join(f"{other} {shape}" for other, shape in others if other != name)
+    expected = re.sub(r"Annotated\[Any, .*?\)\]\]", "ScoreSource", expected)
+    expected = re.sub(r"typing\.Union\[(.*)\]", lambda union: union[1].replace("], ", "] | "), expected)
+    expected = re.sub(r"\b(jaxtyping|attncongruence(\.\w+)*)\.", "", expected)
+    expected = re.sub(r"<class '(.*)'>", r"\1", expected)
+    expected = expected.replace("numbers.Integral", "int").replace("AttentionBlocks, ", "AttentionBlocks | ")
+    line = f"{name} is {came.removesuffix('(torch)')}; expected {expected}" + (f", beside {beside}" if beside else "")
+    return f"{line}: {REMEDIES[name]}" if name in REMEDIES else line
+
+
+def _refuse_without_arithmetic(arguments: dict[str, object]) -> None:
     """Raise a ValueError for tensors that have a shape and a dtype, but not the operations of dense ones."""
-    if x.is_nested or x.layout != torch.strided:
-        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.").lstrip("_")
-        raise ValueError(
-            f"{name} is a {kind} tensor, and only dense ones can be computed with: pass a padded, dense one"
-        )
-    if x.is_floating_point() and x.element_size() < 2:
-        raise ValueError(f"{name} is {x.dtype}, which has no arithmetic: pass {name}.float()")
+    for name, x in arguments.items():
+        if not isinstance(x, torch.Tensor):
+            continue
+        if x.is_nested or x.layout != torch.strided:
+            kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.").lstrip("_")
+            raise ValueError(f"{name} is a {kind} tensor, and only dense ones are supported: pass a padded, dense one")
+        if x.is_floating_point() and x.element_size() < 2:
+            raise ValueError(f"{name} is {x.dtype}, which has no arithmetic: pass {name}.float()")
 
 
 def values_of(**tensors: torch.Tensor) -> None:
-    """Raise a ValueError for tensors on the meta device, where it is their values that count."""
+    """Raise a ValueError for tensors on the meta device, which have no values."""
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise ValueError(f"{name} is on the meta device and has a shape but no values: pass a tensor that has")
@@ -109,7 +132,7 @@ def readable(*tensors: torch.Tensor) -> bool:
     return not torch.compiler.is_compiling() and not any(x.is_meta or mapped(x) for x in tensors)
 
 
-def real(name: str, value: object) -> None:
+def number(name: str, value: object) -> None:
     """Raise a TypeError unless the value is one real number (a tensor of one element is), in the range of floats."""
     one = isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex()
     if not one and not isinstance(value, numbers.Real):
@@ -133,3 +156,16 @@ def same_device(**tensors: torch.Tensor | None) -> None:
     if len(set(devices.values())) > 1:
         where = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ValueError(f"all tensors must be on one device, got {where}: move them with .to(device)")
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Half precision in float32; float32 and float64 as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Switches autocast off, which would run matrix products in half precision."""
+    # A compiled graph cannot ask whether autocast is available; every device that is compiled for has it.
+    if torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()

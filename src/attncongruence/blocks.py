@@ -1,20 +1,41 @@
-"""The four blocks of one layer's attention (CACR, Eq. 2) and the masks that go with them."""
+"""The four blocks of one layer's attention (CACR, Eq. 2): S is cut where a boundary or layout says, with its masks."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
-from attncongruence._typing import Count, checked, same_device
-from attncongruence.layout import TokenLayout
-from attncongruence.locate import Mask, joined, locate
-from attncongruence.quadrants import Quadrants, first_positions, quadrants, take
-from attncongruence.sources import ScoreSource
+from attncongruence._typing import REMEDIES, Count, checked, readable, same_device
+from attncongruence.layout import Span, TokenLayout, TokenMask, boundary_error
+from attncongruence.sources import Source
+
+T = TypeVar("T")
+Places = tuple[Span, Span] | tuple[Tensor, Tensor]
+"""Of text and of image: a span of positions, or each sample's own positions `(batch, longest)`."""
 
 Scores = Float[Tensor, "batch heads length length"] | Float[Tensor, "batch length length"]
+PairMask = Bool[Tensor, "#batch #heads #length #length"] | Bool[Tensor, "batch length length"]
+Mask = TokenMask | PairMask
+"""Which tokens are real, `(batch, length)`, or which pairs may attend, `(batch, heads, length, length)`."""
+NText = Count | Integer[Tensor, " batch"] | TokenLayout
+"""Where the tokens are: the number of text tokens, which come first, for all samples or for each; or a layout."""
+
+
+class Quadrants(NamedTuple, Generic[T]):
+    """One thing for each block: its scores, its map, its mask. Rows are queries: `LV` is text to image."""
+
+    LL: T
+    LV: T
+    VL: T
+    VV: T
+
+    def swap(self) -> Quadrants[T]:
+        """L and V exchanged."""
+        return Quadrants(LL=self.VV, LV=self.VL, VL=self.LV, VV=self.LL)
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +50,6 @@ class AttentionBlocks:
         text_mask: `(batch, N)` bool, True at real text tokens.
         image_mask: `(batch, M)` bool, True at real image tokens.
         allowed: which pairs may attend, block by block, 4-D and broadcastable; None: all pairs of real tokens.
-        padded: False where both masks are known to be True throughout; trusted.
 
     Source:
         CACR (Pandey et al., ACL 2023), Eq. 2.
@@ -42,15 +62,19 @@ class AttentionBlocks:
     text_mask: Bool[Tensor, "batch text"]
     image_mask: Bool[Tensor, "batch image"]
     allowed: Quadrants[Tensor] | None = None
-    padded: bool = True
+    _padded: bool = field(default=True, repr=False)
+    """False where both masks are known to be True throughout."""
+    _sees: tuple[bool, bool] | None = field(default=None, repr=False)
+    """Whether any pair of LV and of VL may attend, where that has been looked up."""
 
     def swap(self) -> AttentionBlocks:
         """L and V exchanged: the vision side of a loss is its language side on swapped blocks."""
         if self.VL is None:
             raise ValueError("these blocks have no VL (image-to-text attention), so there is no vision side")
         allowed = None if self.allowed is None else self.allowed.swap()
+        sees = None if self._sees is None else self._sees[::-1]
         return AttentionBlocks(
-            self.VV, self.VL, self.LV, self.LL, self.image_mask, self.text_mask, allowed, self.padded
+            self.VV, self.VL, self.LV, self.LL, self.image_mask, self.text_mask, allowed, self._padded, sees
         )
 
     def with_heads(self) -> AttentionBlocks:
@@ -63,55 +87,52 @@ class AttentionBlocks:
     @staticmethod
     def from_streams(
         *,
-        LL: Tensor | ScoreSource,
-        LV: Tensor | ScoreSource,
-        VV: Tensor | ScoreSource,
-        VL: Tensor | ScoreSource | None = None,
+        LL: Tensor | Source,
+        LV: Tensor | Source,
+        VV: Tensor | Source,
+        VL: Tensor | Source | None = None,
         text_mask: Tensor | None = None,
         image_mask: Tensor | None = None,
     ) -> AttentionBlocks:
-        """Blocks of a dual-stream model, whose four maps come from different layers.
+        """Blocks of a two-stream model, whose four maps come from different layers.
 
         Args:
             LL: text self-attention, pre-softmax scores or a captured layer, `(batch, heads, N, N)` or `(batch, N, N)`.
             LV: text queries on image keys, `(..., N, M)`.
             VV: image self-attention, `(..., M, M)`.
-            VL: image queries on text keys, `(..., M, N)`; without it only `direction="language"` has a meaning.
+            VL: image queries on text keys, `(..., M, N)`. Without it only `direction="language"` is defined.
             text_mask: `(batch, N)`, True or 1 at real text tokens; None: those that a captured LL allows, else all.
             image_mask: `(batch, M)`, True or 1 at real image tokens; None: those that a captured VV allows, else all.
 
         Raises:
-            jaxtyping.TypeCheckError: blocks or masks whose sizes don't fit each other.
-            ValueError: blocks of different ranks or dtypes, tensors on several devices.
+            ValueError: blocks or masks whose sizes don't fit each other, blocks of different ranks or dtypes, tensors
+                on several devices.
 
         Example:
             >>> S = torch.zeros
             >>> AttentionBlocks.from_streams(LL=S(1, 2, 2), LV=S(1, 2, 3), VV=S(1, 3, 3)).image_mask.shape
             torch.Size([1, 3])
         """
-        scores, pairs = zip(
-            *((None, None) if source is None else _scores_and_pairs(source) for source in (LL, LV, VL, VV)), strict=True
-        )
-        return _join(*scores, text_mask, image_mask, *pairs)
+        given = [None if x is None else x if isinstance(x, Tensor) else (x.scores, x.allowed) for x in (LL, LV, VL, VV)]
+        scores = [x[0] if isinstance(x, tuple) else x for x in given]
+        pairs = [x[1] if isinstance(x, tuple) else None for x in given]
+        return _join(*scores, text_mask, image_mask, *pairs)  # type: ignore[arg-type]
 
 
-Attention = Scores | AttentionBlocks | ScoreSource
-NText = Count | Integer[Tensor, " batch"] | TokenLayout | None
+Attention = Scores | AttentionBlocks | Source
 
 
 @checked
-def split_attention(
-    S: Scores, n_text: Count | Integer[Tensor, " batch"] | TokenLayout, *, mask: Mask | None = None
-) -> AttentionBlocks:
+def split_attention(S: Scores, n_text: NText, *, mask: Mask | None = None) -> AttentionBlocks:
     """Cut one layer's scores into the blocks LL, LV, VL, VV (Eq. 2).
 
-    Where text and image each fill one stretch of the sequence for the whole batch (one boundary, say), the blocks are
-    views of S, no copy. A ragged or interleaved layout is gathered, padded to the longest text and the longest image,
-    without a loop over samples.
+    Where text and image each fill one span of the sequence in the whole batch, as with one boundary, the blocks are
+    views of S. A ragged or interleaved layout is gathered without a loop over samples, and padded to the longest text
+    and the longest image.
 
     Args:
         S: pre-softmax scores, `(batch, heads, length, length)` or `(batch, length, length)`; rows are queries.
-        n_text: text first, then image: one boundary, or `(batch,)`, one a sample; or a `TokenLayout`.
+        n_text: number of text tokens, which come first: one for all samples, or `(batch,)`; or a `TokenLayout`.
         mask: `(batch, length)`, True or 1 at real tokens; or which pairs may attend, bool, `(batch, length, length)`
             or broadcastable to `(batch, heads, length, length)`. A token that no query may attend to is not real.
 
@@ -119,9 +140,9 @@ def split_attention(
         `AttentionBlocks`, 3-D where S is.
 
     Raises:
-        jaxtyping.TypeCheckError: S not square, of another rank or not floating point; n_text a float or of another
-            length than the batch; a mask of another shape.
-        ValueError: a boundary outside 0..length, a layout of another batch or length, tensors on several devices.
+        ValueError: S not square, of another rank or not floating point; n_text a float or of another length than the
+            batch; a mask of another shape; a boundary outside 0..length; a layout of another batch or length; tensors
+            on several devices.
 
     Source:
         CACR (Pandey et al., ACL 2023), Eq. 2.
@@ -131,78 +152,178 @@ def split_attention(
         >>> blocks.LV.tolist(), blocks.VV.tolist()
         ([[[1.0, 2.0]]], [[[4.0, 5.0], [7.0, 8.0]]])
     """
-    batch, length = S.shape[0], S.shape[-1]
-    if S.dim() == 3 and mask is not None and mask.dim() == 4 and mask.shape[1] > 1:
-        raise ValueError(
-            f"the mask is for {mask.shape[1]} heads, and the scores {tuple(S.shape)} have none: "
-            "pass scores (batch, heads, length, length), or a mask (batch, length, length)"
-        )
-    text, image, (n, m), spans, pairs, padded = locate(S, n_text, mask)
-    where = spans or (first_positions(text, n), first_positions(image, m))
-    masks = take(text, where[0], where[1], 1)[0], take(image, where[0], where[1], 1)[1]
-    allowed = None if pairs is None else quadrants(pairs.expand(batch, -1, length, length), *where)
-    return AttentionBlocks(*quadrants(S, *where), *masks, allowed, padded)
+    return cut(S, locate(S, n_text, mask))
 
 
-def as_blocks(
-    attention: Tensor | AttentionBlocks | ScoreSource, n_text: int | Tensor | TokenLayout | None, mask: Tensor | None
-) -> AttentionBlocks:
-    """4-D blocks from whatever a loss was given."""
-    if isinstance(attention, AttentionBlocks):
-        if n_text is not None or mask is not None:
-            raise ValueError("AttentionBlocks carry their own boundary and masks: leave n_text and mask out")
-        return attention.with_heads()
-    if n_text is None:
-        raise ValueError("n_text is missing: pass the number of text tokens (int or tensor) or a TokenLayout")
-    scores, pairs = _scores_and_pairs(attention)
-    return split_attention(scores, n_text, mask=joined(pairs, mask)).with_heads()
+@dataclass(frozen=True, eq=False)
+class Located:
+    """Where the tokens of a joint sequence are, and which pairs of them may attend."""
+
+    text: Tensor
+    """`(batch, length)` bool, True at real text tokens."""
+    image: Tensor
+    longest: tuple[int, int]
+    """The most text and image tokens that a sample can have."""
+    spans: tuple[Span, Span] | None
+    """Where text and image lie, if each fills one span in every sample."""
+    padded: bool
+    """False where both spans are known to be real throughout."""
+    allowed: Quadrants[Tensor] | None = None
+    """Block by block, where the mask says more than which tokens are real."""
+    sees: tuple[bool, bool] | None = None
+    """Whether any pair of LV and of VL may attend, where that has been looked up."""
+
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """Each sample's own text and image positions, in order, and then some others: `(batch, longest)` each."""
+        text, image = ((~mask).int().argsort(dim=1, stable=True) for mask in (self.text, self.image))
+        return text[:, : self.longest[0]], image[:, : self.longest[1]]
 
 
-def one_sample(blocks: AttentionBlocks, sample: int, head: int | None = None) -> AttentionBlocks:
-    """One sample of 4-D blocks, cut to its real tokens, with all its heads or one: what a picture shows.
+def locate(x: Tensor | Source, n_text: NText, mask: Tensor | None, *, pairs_known: bool = False) -> Located:
+    """Reads a boundary or layout and a mask once, for scores `(batch, [heads,] length, length)`.
 
-    Raises:
-        ValueError: no such sample or head, or a sample without text or without image.
+    A mask of pairs whose values must be looked at costs one synchronization: whether it says more than which tokens are
+    real, and whether any text may attend to any image and any image to any text. `pairs_known` says that it does.
     """
-    given = [block for block in (blocks.LL, blocks.LV, blocks.VL, blocks.VV) if block is not None]
-    for name, value, count in (
-        ("sample", sample, len(blocks.LL)),
-        ("head", head or 0, min(block.shape[1] for block in given)),
-    ):
-        if not 0 <= value < count:
-            raise ValueError(f"{name}={value} is out of range: {count} {name}(s) allow 0 to {count - 1}")
-    text, image = blocks.text_mask[sample].nonzero()[:, 0], blocks.image_mask[sample].nonzero()[:, 0]
-    if not (len(text) and len(image)):
+    shape = x.shape
+    batch, heads, length = shape[0], shape[1] if len(shape) == 4 else 0, shape[-1]
+    if shape[-2] != length:
+        raise ValueError(f"attention has {shape[-2]} queries and {length} keys: {REMEDIES['attention']}")
+    tensor = n_text.text if isinstance(n_text, TokenLayout) else n_text if isinstance(n_text, Tensor) else None
+    pairs = tokens = None
+    if mask is not None or tensor is not None:
+        same_device(S=x, mask=mask, n_text=tensor)
+    if mask is not None:
+        pairs = as_pairs(mask)
+        if not heads and len(shape) == 3 and pairs.shape[1] > 1:
+            raise ValueError(
+                f"the mask is for {pairs.shape[1]} heads, and the scores {tuple(shape)} have none: "
+                "pass scores (batch, heads, length, length), or a mask (batch, length, length)"
+            )
+        _check_mask(mask, (batch, heads, length, length))
+        tokens = pairs.any(1).any(1).expand(-1, length)
+        one_row = all(pairs.shape[dim] == 1 or pairs.stride(dim) == 0 for dim in (1, 2))
+        pairs = None if one_row else pairs.expand(batch, -1, length, length)
+    if tensor is None:
+        boundary = int(n_text)  # type: ignore[arg-type]
+        if not 0 <= boundary <= length:
+            raise boundary_error(boundary, length)
+        is_text = torch.arange(length, device=x.device) < boundary
+        text, image = is_text.expand(batch, length), (~is_text).expand(batch, length)
+        if tokens is not None:
+            text, image = text & tokens, image & tokens
+        spans = (0, boundary), (boundary, length)
+        where = Located(text, image, (boundary, length - boundary), spans, tokens is not None)
+    else:
+        layout = _layout(n_text, tokens, batch, length)
+        text, image = layout.text.expand(batch, length), layout.image.expand(batch, length)
+        where = Located(text, image, (layout.max_text, layout.max_image), layout._extent.spans, True)
+    return where if pairs is None else _with_pairs(where, pairs, pairs_known)
+
+
+def cut(S: Tensor, where: Located) -> AttentionBlocks:
+    """Eq. 2: S = [[LL, LV], [VL, VV]], as views where text and image fill spans."""
+    places = where.spans or where.positions()
+    masks = take(where.text, places, 1)[0], take(where.image, places, 1)[1]
+    return AttentionBlocks(*quadrants(S, places), *masks, where.allowed, where.padded, where.sees)
+
+
+def quadrants(S: Tensor, places: Places) -> Quadrants[Tensor]:
+    """The four parts of a square tensor: rows first, then columns."""
+    text, image = take(S, places, -2)
+    return Quadrants(*take(text, places, -1), *take(image, places, -1))
+
+
+def take(x: Tensor, places: Places, dim: int) -> tuple[Tensor, Tensor]:
+    """Text and image along one dimension: views for spans, gathered for positions."""
+    text, image = places
+    if isinstance(text, Tensor) or isinstance(image, Tensor):
+        return _gather(x, text, dim), _gather(x, image, dim)  # type: ignore[arg-type]
+    in_order = text[1] <= image[0]
+    (a, b), (c, d) = (text, image) if in_order else (image, text)
+    # One split: its backward is one concatenation, while each slice's backward fills a tensor as large as x with zeros.
+    _, first, _, second, _ = x.split([a, b - a, c - b, d - c, x.shape[dim] - d], dim)
+    return (first, second) if in_order else (second, first)
+
+
+def _gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    # Not take_along_dim: with its broadcasting, torch.compile makes a graph for each batch size.
+    shape, wide = [index.shape[0]] + [1] * (x.dim() - 1), list(x.shape)
+    shape[dim] = wide[dim] = index.shape[1]
+    return x.gather(dim, index.view(shape).expand(wide))
+
+
+def as_pairs(mask: Tensor) -> Tensor:
+    """A mask of tokens or pairs as `(batch, heads, queries, keys)`."""
+    mask = mask.bool()
+    return mask[:, None, None] if mask.dim() == 2 else mask[:, None] if mask.dim() == 3 else mask
+
+
+def joined(allowed: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """A layer's own pairs and the caller's mask: an entry counts where both allow it."""
+    if allowed is None or mask is None:
+        return mask if allowed is None else allowed
+    _check_mask(mask, tuple(size if size > 1 else 0 for size in allowed.shape))
+    return allowed & as_pairs(mask)
+
+
+def both_modalities(text: Tensor, image: Tensor) -> Tensor:
+    """`(batch,)`: samples with at least one token of each modality."""
+    return text.any(-1) & image.any(-1)
+
+
+def outer(rows: Tensor, columns: Tensor) -> Tensor:
+    """`(batch, 1, rows, columns)` bool: pairs of real tokens."""
+    return rows[:, None, :, None] & columns[:, None, None, :]
+
+
+def which_see(text: Tensor, image: Tensor, allowed: Quadrants[Tensor], *more: Tensor) -> list[bool]:
+    """Whether any sample has both modalities, and any of its pairs of LV and of VL may attend; one synchronization."""
+    both = both_modalities(text, image)[:, None]
+    LV = (outer(text & both, image) & allowed.LV).any()
+    VL = (outer(image & both, text) & allowed.VL).any()
+    found: list[bool] = torch.stack([both.any(), LV, VL, *more]).tolist()
+    return found
+
+
+def _with_pairs(where: Located, pairs: Tensor, pairs_known: bool) -> Located:
+    places = where.spans or where.positions()
+    allowed = quadrants(pairs, places)
+    sees = None
+    if readable(pairs):
+        text, image = take(where.text, places, 1)[0], take(where.image, places, 1)[1]
+        more = [] if pairs_known else [(pairs != pairs[:, :1, :1]).any()]
+        some, LV, VL, *differ = which_see(text, image, allowed, *more)
+        if differ == [False]:
+            return where
+        sees = (LV, VL) if some else (True, True)
+    return replace(where, allowed=allowed, sees=sees)
+
+
+def _check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
+    """A ValueError unless a mask can be broadcast to `(batch, heads, length, length)`; 0: any size will do."""
+    own = as_pairs(mask).shape
+    if any(size and mine not in (1, size) for mine, size in zip(own, shape, strict=True)):
+        batch, heads, _, length = (size or "any" for size in shape)
         raise ValueError(
-            f"sample {sample} has {len(text)} text tokens and {len(image)} image tokens: choose one that has both"
+            f"the mask has shape {tuple(mask.shape)}, and the attention batch {batch}, heads {heads}, length {length}: "
+            f"{REMEDIES['mask']} A captured layer carries the padding that the model was given: leave the mask out."
         )
-    samples, heads = text.new_tensor([sample]), None if head is None else text.new_tensor([head])
-
-    def cut(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        for dim, places in enumerate((samples, heads, rows, columns)):
-            if places is not None and x.shape[dim] > 1:  # pairs may be broadcast
-                x = x.index_select(dim, places)
-        return x
-
-    allowed = blocks.allowed
-    if allowed is not None:
-        LL, LV, VL, VV = allowed
-        allowed = Quadrants(cut(LL, text, text), cut(LV, text, image), cut(VL, image, text), cut(VV, image, image))
-    return AttentionBlocks(
-        LL=cut(blocks.LL, text, text),
-        LV=cut(blocks.LV, text, image),
-        VL=None if blocks.VL is None else cut(blocks.VL, image, text),
-        VV=cut(blocks.VV, image, image),
-        text_mask=torch.ones_like(text, dtype=torch.bool)[None],
-        image_mask=torch.ones_like(image, dtype=torch.bool)[None],
-        allowed=allowed,
-        padded=False,
-    )
 
 
-def _scores_and_pairs(source: Tensor | ScoreSource) -> tuple[Tensor, Tensor | None]:
-    # What is neither goes on to the checker of shapes, which says what it should have been.
-    return (source.scores, source.allowed) if isinstance(source, ScoreSource) else (source, None)
+def _layout(n_text: NText, tokens: Tensor | None, batch: int, length: int) -> TokenLayout:
+    """The layout of real tokens, checked against the scores."""
+    if isinstance(n_text, Tensor):
+        return TokenLayout.from_n_text(n_text, length, None if tokens is None else tokens.expand(batch, length))
+    assert isinstance(n_text, TokenLayout)
+    if n_text.text.shape[0] not in (1, batch) or n_text.text.shape[1] != length:
+        raise ValueError(
+            f"the layout is for (batch, length) = {tuple(n_text.text.shape)}, the scores have {(batch, length)}: "
+            "make it for the joint sequence that the layer attends over"
+        )
+    if tokens is None:
+        return n_text
+    return TokenLayout(n_text.text & tokens, n_text.image & tokens, _extent=n_text._extent)
 
 
 @checked
@@ -226,12 +347,12 @@ def _join(
     everything = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=LL.device)
     LL_pairs, LV_pairs, VL_pairs, VV_pairs = (everything if pair is None else pair for pair in pairs)
 
-    def real(mask: Tensor | None, own: Tensor, block: Tensor) -> Tensor:
+    def token_mask(mask: Tensor | None, own: Tensor, block: Tensor) -> Tensor:
         return mask.bool() if mask is not None else own.any(1).any(1).expand(block.shape[0], block.shape[-1])
 
-    masks = real(text_mask, LL_pairs, LL), real(image_mask, VV_pairs, VV)
+    masks = token_mask(text_mask, LL_pairs, LL), token_mask(image_mask, VV_pairs, VV)
     allowed = None
     if any(pair is not None for pair in pairs):
         allowed = Quadrants(LL_pairs, LV_pairs, VL_pairs, VV_pairs)
     known = text_mask is None and image_mask is None and allowed is None
-    return AttentionBlocks(LL, LV, VL, VV, *masks, allowed, padded=not known)
+    return AttentionBlocks(LL, LV, VL, VV, *masks, allowed, _padded=not known)

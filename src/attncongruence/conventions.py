@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, get_args
 
-from attncongruence._typing import one_of, real
+from attncongruence._typing import number, one_of
 
 Blocks = Literal["probabilities", "scores"]
 Heads = Literal["mean_map", "mean_loss"]
@@ -19,20 +19,20 @@ class Convention:
 
     Args:
         blocks: what the loss works on. `"probabilities"`: each block softmaxed by itself, per head; `"scores"`: raw.
-        heads: `"mean_map"`: maps averaged over heads, then one loss; `"mean_loss"`: a loss per head, averaged.
+        heads: `"mean_map"`: one loss of the head-mean maps; `"mean_loss"`: one loss per head, then their mean.
         equivalence: E of CACR. `"block"`: the cross-modal block itself; `"softmax"`: its softmax, a weighted mean.
         detach_equivalence: whether E of CACR is a constant to the gradient.
-        temperature: of the softmax in E, > 0; towards 0 it becomes the hard alignment of IAIS. Used by
-            `equivalence="softmax"` alone.
-        target_softmax: whether m-KL's target (LL, or VV for the vision side) is softmaxed for CACR; on probabilities
-            that is a second softmax.
+        temperature: of the softmax in E, > 0. Towards 0, E becomes the hard alignment of IAIS. Only
+            `equivalence="softmax"` uses it.
+        target_softmax: whether CACR takes a softmax of m-KL's target (LL, or VV on the vision side). On probabilities
+            this is a second softmax.
         iais_target_softmax: the same for IAIS.
-        rows: per sample, the mean over its rows (a `batchmean`) or their sum (Eq. 4).
+        rows: whether a sample's loss is the mean over its rows (a `batchmean`) or their sum (Eq. 4).
         epsilon: added inside the logarithms of IAIS's distributed alignment, > 0.
 
     Raises:
         ValueError: an unknown word, a temperature or epsilon <= 0, or a target of raw scores without a softmax.
-        TypeError: a temperature or epsilon that is no number, a switch that is no bool.
+        TypeError: a temperature or epsilon that is not a number, a switch that is not a bool.
 
     Source:
         CACR (Pandey et al., ACL 2023), Section 3 and released code; IAIS (Ren et al., ACL 2021), released code. The
@@ -63,7 +63,7 @@ class Convention:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r} must be True or False")
         for name in ("temperature", "epsilon"):
-            real(name, getattr(self, name))
+            number(name, getattr(self, name))
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be > 0")
         if self.blocks == "scores" and not (self.target_softmax and self.iais_target_softmax):
@@ -82,3 +82,20 @@ WEIGHTED_MEAN = Convention(
     blocks="scores", heads="mean_loss", equivalence="softmax", detach_equivalence=False, iais_target_softmax=True
 )
 """Ours: Algorithm 1's "weighted mean" taken at its word. `replace(WEIGHTED_MEAN, temperature=...)` sharpens it."""
+
+CONVENTIONS = {"released": RELEASED, "printed": PRINTED, "weighted_mean": WEIGHTED_MEAN}
+"""The named conventions. Every function that takes a convention also takes its name."""
+
+ConventionLike: TypeAlias = Convention | str
+
+
+def as_convention(convention: ConventionLike) -> Convention:
+    """The convention itself, or the one with this name.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if isinstance(convention, str):
+        one_of("convention", convention, tuple(CONVENTIONS))
+        return CONVENTIONS[convention]
+    return convention

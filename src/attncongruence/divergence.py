@@ -6,8 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from attncongruence._precision import at_least_float32
-from attncongruence._typing import Reduction, checked, one_of, same_device
+from attncongruence._typing import Reduction, at_least_float32, checked, one_of, same_device
 
 
 @checked
@@ -40,8 +39,7 @@ def symmetric_kl(
         Divergence in nats, >= 0: shape `(...)` for `"none"`, a scalar otherwise. 0 if and only if P = T.
 
     Raises:
-        jaxtyping.TypeCheckError: shapes that differ, integer logits.
-        ValueError: an unknown reduction, tensors on several devices.
+        ValueError: shapes that differ, integer logits, an unknown reduction, tensors on several devices.
 
     Source:
         CACR (Pandey et al., ACL 2023), Eq. 4.
@@ -54,30 +52,34 @@ def symmetric_kl(
     """
     one_of("reduction", reduction, ("none", "sum", "mean"))
     same_device(a=a, b=b, mask=mask)
-    a, b = at_least_float32(a), at_least_float32(b)
-    if mask is not None:
-        # Finite, so that a row with nothing left gives no NaN, and so low that both softmaxes are 0 there and both
-        # logarithms the same: the terms of left out entries are 0 (0 - 0).
-        a, b = (x.masked_fill(~mask, torch.finfo(x.dtype).min / 2) for x in (a, b))
-    log_p, log_t = a.log_softmax(-1), b.log_softmax(-1)
-    # Eq. 4: (P_j - T_j) (log P_j - log T_j)
-    terms = (log_p.exp() - log_t.exp()) * (log_p - log_t)
-    rows = terms.sum(-1)
+    rows = m_kl(at_least_float32(a), at_least_float32(b), mask)
     if reduction == "none":
         return rows
     return rows.mean() if reduction == "mean" and rows.numel() else rows.sum()
 
 
-def there_and_back(P: Tensor, T: Tensor, epsilon: float) -> Tensor:
-    """IAIS's distributed divergence of two maps of probabilities, row by row: its sums over P and over T, added."""
+def m_kl(a: Tensor, b: Tensor, mask: Tensor | None) -> Tensor:
+    """`symmetric_kl` of each row, without checks: Eq. 4."""
+    if mask is not None:
+        # Finite, so that a row with nothing left gives no NaN, and so low that both softmaxes are 0 there and both
+        # logarithms the same: the terms of entries that are left out are 0 (0 - 0).
+        floor = torch.finfo(a.dtype).min / 2
+        a, b = a.masked_fill(~mask, floor), b.masked_fill(~mask, floor)
+    log_p, log_t = a.log_softmax(-1), b.log_softmax(-1)
+    # Eq. 4: (P_j - T_j) (log P_j - log T_j)
+    return ((log_p.exp() - log_t.exp()) * (log_p - log_t)).sum(-1)
+
+
+def distributed_kl(P: Tensor, T: Tensor, epsilon: float) -> Tensor:
+    """IAIS's divergence of two maps of probabilities, row by row, in both directions, epsilon inside the logarithms."""
     # sum_j P_j log(P_j / (T_j + eps)) + T_j log(T_j / (P_j + eps))
     # The floor keeps the gradient of P log P finite at P = 0.
     log_P, log_T = (x.clamp_min(torch.finfo(x.dtype).tiny).log() for x in (P, T))
     return (P * (log_P - (T + epsilon).log()) + T * (log_T - (P + epsilon).log())).sum(-1)
 
 
-def there_and_back_grad(P: Tensor, T: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Gradient of each row of `there_and_back` with respect to P and to T."""
+def distributed_kl_grad(P: Tensor, T: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Gradient of each row of `distributed_kl` with respect to P and to T."""
 
     def of(x: Tensor, other: Tensor) -> Tensor:
         # log P + 1 - log(T + eps) - T / (P + eps)

@@ -12,39 +12,37 @@ from torch import Tensor
 
 from attncongruence._typing import Count, checked, readable, same_device
 
-Tokens = Bool[Tensor, "batch length"] | Integer[Tensor, "batch length"]
-"""A mask of positions as tokenizers give it: bool, or int with 0 for padding."""
+TokenMask = Bool[Tensor, "batch length"] | Integer[Tensor, "batch length"]
+"""A token mask as tokenizers return it: bool, or int with 0 for padding."""
 
-
-Stretch = tuple[int, int]
-"""First position, and one past the last."""
+Span = tuple[int, int]
+"""The first position, and one past the last."""
 
 
 class Extent(NamedTuple):
-    """How far a layout's tokens reach, as numbers on the host: all that cutting S needs to know of them."""
+    """What the host must know of a layout to cut S."""
 
     max_text: int
     """Tokens of the longest text."""
     max_image: int
-    spans: tuple[Stretch, Stretch] | None
-    """Where text and image lie, if each fills a stretch of its own: then blocks are views. None: they are gathered."""
+    spans: tuple[Span, Span] | None
+    """Of text and image, if each fills one span without gaps in every sample: blocks are views then. None: gathered."""
 
 
 @dataclass(frozen=True, eq=False)
 class TokenLayout:
     """Text and image positions of a batch, in any order, interleaved or with special tokens left out.
 
-    Positions that are neither (padding, `[CLS]`, `[SEP]`) are ignored by every loss. Making a layout costs one device
-    synchronisation, which finds how far texts and images reach; nothing after it needs one.
+    Every loss ignores positions that are neither, such as padding, `[CLS]` and `[SEP]`. Making a layout costs one
+    device synchronization, which finds the longest text and the longest image. Using it costs none.
 
     Args:
         text: `(batch, length)` bool, True at text tokens. A batch of one row serves every sample.
         image: `(batch, length)` bool, True at image tokens.
-        extent: how far they reach, if known: saves the synchronisation, and is trusted.
 
     Raises:
-        jaxtyping.TypeCheckError: masks that are not bool or differ in shape.
-        ValueError: a position that is both text and image, or masks on two devices.
+        ValueError: masks that are not bool, differ in shape or are on two devices; a position that is both text and
+            image.
 
     Example:
         >>> layout = TokenLayout.from_n_text(torch.tensor([2, 1]), length=4)
@@ -54,12 +52,22 @@ class TokenLayout:
 
     text: Bool[Tensor, "batch length"]
     image: Bool[Tensor, "batch length"]
-    extent: Extent = field(default=None, kw_only=True, repr=False)  # type: ignore[assignment]
+    _extent: Extent = field(default=None, kw_only=True, repr=False)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        if self.extent is None:
+        if self._extent is None:
             _same_shape(self.text, self.image)
-            object.__setattr__(self, "extent", _measure(self.text, self.image))
+            object.__setattr__(self, "_extent", _measure(self.text, self.image))
+
+    @property
+    def max_text(self) -> int:
+        """Text tokens of the sample that has most."""
+        return self._extent.max_text
+
+    @property
+    def max_image(self) -> int:
+        """Image tokens of the sample that has most."""
+        return self._extent.max_image
 
     @classmethod
     @checked
@@ -67,14 +75,14 @@ class TokenLayout:
         cls,
         n_text: Count | Integer[Tensor, " batch"],
         length: Count | None = None,
-        attention_mask: Tokens | None = None,
+        attention_mask: TokenMask | None = None,
     ) -> TokenLayout:
         """Text first, then image: the first `n_text` positions are text, the rest image.
 
         Args:
-            n_text: one boundary for all, or `(batch,)`, one for each sample; 0 to `length`.
-            length: length of the joint sequence; may be left out where `attention_mask` gives it.
-            attention_mask: `(batch, length)`, True or 1 at real tokens; the others are ignored.
+            n_text: one boundary for all samples, or `(batch,)`, one for each; 0 to `length`.
+            length: length of the joint sequence. Not needed with an `attention_mask`.
+            attention_mask: `(batch, length)`, True or 1 at real tokens.
 
         Raises:
             ValueError: neither `length` nor `attention_mask`, a length below 0, or a boundary outside 0..length.
@@ -92,25 +100,26 @@ class TokenLayout:
             same_device(n_text=n_text, mask=mask)
             boundary = n_text.long()[:, None]
         else:
-            check_boundary(n_text, length)
+            if not 0 <= n_text <= length:
+                raise boundary_error(n_text, length)
             boundary = torch.tensor([[n_text]], device=None if mask is None else mask.device)
         text = torch.arange(length, device=boundary.device) < boundary
-        real = torch.ones_like(text) if mask is None else mask.bool()
-        text, image = torch.broadcast_tensors(text & real, ~text & real)
-        return cls(text, image, extent=_measure(text, image, boundary))
+        valid = torch.ones_like(text) if mask is None else mask.bool()
+        text, image = torch.broadcast_tensors(text & valid, ~text & valid)
+        return cls(text, image, _extent=_measure(text, image, boundary))
 
     @classmethod
     @checked
-    def from_masks(cls, text: Tokens, image: Tokens) -> TokenLayout:
-        """The constructor for masks of any kind: `(batch, length)`, True or 1 at text and at image tokens."""
+    def from_masks(cls, text: TokenMask, image: TokenMask) -> TokenLayout:
+        """From bool or integer masks: `(batch, length)`, True or 1 at text and at image tokens."""
         return cls(text.bool(), image.bool())
 
     @classmethod
     @checked
     def from_segments(
-        cls, text: Tokens, image: Bool[Tensor, "batch image"] | Integer[Tensor, "batch image"]
+        cls, text: TokenMask, image: Bool[Tensor, "batch image"] | Integer[Tensor, "batch image"]
     ) -> TokenLayout:
-        """Two padded segments, text first: each mask speaks of its own segment, as in ViLT and VisualBERT.
+        """Two padded segments, text first, with one mask for each, as in ViLT and VisualBERT.
 
         Args:
             text: `(batch, n_text)`, True or 1 at the text tokens to use.
@@ -128,7 +137,7 @@ class TokenLayout:
     def from_token_type_ids(
         cls,
         token_type_ids: Integer[Tensor, "batch length"],
-        attention_mask: Tokens | None = None,
+        attention_mask: TokenMask | None = None,
         *,
         image_type: Count = 1,
     ) -> TokenLayout:
@@ -145,7 +154,7 @@ class TokenLayout:
     @classmethod
     @checked
     def from_input_ids(
-        cls, input_ids: Integer[Tensor, "batch length"], image_token_id: Count, attention_mask: Tokens | None = None
+        cls, input_ids: Integer[Tensor, "batch length"], image_token_id: Count, attention_mask: TokenMask | None = None
     ) -> TokenLayout:
         """Image where `input_ids` holds the image placeholder, text elsewhere: LLaVA-style interleaved sequences.
 
@@ -159,12 +168,12 @@ class TokenLayout:
 
     @classmethod
     def _from_image(cls, image: Tensor, mask: Tensor | None) -> TokenLayout:
-        real = torch.ones_like(image) if mask is None else mask.bool()
-        return cls(~image & real, image & real)
+        valid = torch.ones_like(image) if mask is None else mask.bool()
+        return cls(~image & valid, image & valid)
 
     @checked
-    def without(self, special: Tokens) -> TokenLayout:
-        """The same layout with some positions left out, for instance a tokenizer's `special_tokens_mask`.
+    def without(self, special: TokenMask) -> TokenLayout:
+        """The same layout without some positions, for instance those of a tokenizer's `special_tokens_mask`.
 
         Args:
             special: `(batch, length)`, True or 1 at the positions to ignore.
@@ -177,13 +186,13 @@ class TokenLayout:
         if special.shape[1] != length or (1 not in (batch, special.shape[0]) and batch != special.shape[0]):
             raise ValueError(
                 f"special has (batch, length) = {tuple(special.shape)}, the layout {(batch, length)}: "
-                "it must speak of the whole joint sequence; pad it with zeros over the image"
+                "it must cover the whole joint sequence; pad it with zeros over the image"
             )
         keep = ~special.bool()
         return TokenLayout(self.text & keep, self.image & keep)
 
     def __getitem__(self, samples: int | slice | Tensor | list[int]) -> TokenLayout:
-        """The layout of some samples: `layout[positives]`. One row serves every sample, and so any of them."""
+        """The layout of some samples: `layout[positives]`. A layout of one row serves every sample."""
         if self.text.shape[0] == 1:
             return self
         samples = [int(samples)] if isinstance(samples, numbers.Integral) else samples
@@ -191,33 +200,33 @@ class TokenLayout:
 
     def to(self, device: torch.device | str) -> TokenLayout:
         """The same layout on another device."""
-        return TokenLayout(self.text.to(device), self.image.to(device), extent=self.extent)
+        return TokenLayout(self.text.to(device), self.image.to(device), _extent=self._extent)
 
 
-def check_boundary(n_text: int, length: int) -> None:
-    """Raise a ValueError unless the boundary lies in the sequence."""
-    if not 0 <= n_text <= length:
-        raise ValueError(f"n_text={n_text} is out of range: a sequence of {length} positions allows 0 to {length}")
+def boundary_error(n_text: int, length: int) -> ValueError:
+    """The error for a boundary outside of the sequence."""
+    return ValueError(f"n_text={n_text} is out of range: a sequence of {length} positions allows 0 to {length}")
 
 
 def _where(name: str, ids: Tensor, wanted: int) -> Tensor:
-    """Where an id stands, compared in 64 bits: in fewer, 300 would be 44."""
+    """The positions of an id. Compared in 64 bits, since in 8 bits 300 would equal 44."""
     if not -(2**63) <= wanted < 2**63:
-        raise ValueError(f"{name}={wanted} is no id: ids are integers of 64 bits")
+        raise ValueError(f"{name}={wanted} is not an id: ids are integers of 64 bits")
     return ids.long() == wanted
 
 
 def _measure(text: Tensor, image: Tensor, boundary: Tensor | None = None) -> Extent:
-    """Extent of two masks, and the checks on their values, in one synchronisation."""
+    """Extent of two masks, and the checks of their values, in one synchronization."""
     length = text.shape[1]
-    # Where values cannot be read, every block keeps the full length.
+    # Where the host cannot read values, every block keeps the full length.
     if not readable(text, image, *(() if boundary is None else (boundary,))):
         return Extent(length, length, None)
     ends = [] if boundary is None or not boundary.numel() else [boundary.min(), boundary.max()]
     found = [(text & image).sum(), *_reach(text), *_reach(image)] if text.numel() else []
     read = torch.stack([*ends, *found]).tolist() if ends or found else []
     for end in read[: len(ends)]:
-        check_boundary(end, length)
+        if not 0 <= end <= length:
+            raise boundary_error(end, length)
     if not found:
         return Extent(length, length, None)
     overlap, max_text, text_start, text_end, max_image, image_start, image_end = read[len(ends) :]
@@ -230,12 +239,12 @@ def _measure(text: Tensor, image: Tensor, boundary: Tensor | None = None) -> Ext
 
 
 def _reach(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Most tokens of a sample; first position that any sample uses, and one past the last."""
+    """The most tokens of any sample, the first position that any sample uses, and one past the last."""
     used = mask.any(0).int()
     return mask.sum(1).max(), used.argmax(), len(used) - used.flip(0).argmax()
 
 
 @checked
 def _same_shape(text: Bool[Tensor, "batch length"], image: Bool[Tensor, "batch length"]) -> None:
-    """Hold both masks to one shape, on one device."""
+    """Check that both masks have one shape and are on one device."""
     same_device(text=text, image=image)

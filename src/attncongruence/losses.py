@@ -1,65 +1,107 @@
-"""The congruence losses: CACR (soft equivalence) and IAIS (hard and distributed), batched and masked."""
+"""The congruence losses: CACR (soft equivalence) and IAIS (hard and distributed), batched and masked.
+
+Read from top to bottom: the public functions, the formula of each loss in the paper's order, the table of losses, and
+`evaluate`, which reads the input, computes one loss for each sample, and reduces. A new loss is one entry in `LOSSES`.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attncongruence._typing import Alignment, Direction, Factor, Impl, Reduction, checked, one_of
-from attncongruence.blocks import Attention, NText
-from attncongruence.conventions import RELEASED, Convention
-from attncongruence.divergence import symmetric_kl, there_and_back
-from attncongruence.equivalence import Masks, equivalence, fill, project, project_singular, project_weighted
-from attncongruence.locate import Mask
-from attncongruence.quadrants import Quadrants
-from attncongruence.sides import Compared, Side, check_options, loss_of
-from attncongruence.sources import QueryKey
+from attncongruence._typing import (
+    Alignment,
+    Direction,
+    Impl,
+    Reduction,
+    checked,
+    no_autocast,
+    one_of,
+    readable,
+)
+from attncongruence.blocks import (
+    Attention,
+    AttentionBlocks,
+    Located,
+    Mask,
+    NText,
+    both_modalities,
+    cut,
+    joined,
+    locate,
+    which_see,
+)
+from attncongruence.conventions import RELEASED, Convention, ConventionLike, as_convention
+from attncongruence.divergence import distributed_kl, m_kl
+from attncongruence.maps import (
+    Maps,
+    equivalence,
+    fill,
+    log_attention_map,
+    project_singular,
+    project_weighted,
+    sides,
+    zero_losses,
+)
+from attncongruence.sources import Source
+from attncongruence.streaming import forms, per_sample
+from attncongruence.streaming.per_sample import SHORTEST
+
+DIRECTIONS, REDUCTIONS, IMPLS = ("both", "language", "vision"), ("mean", "sum", "none"), ("auto", "dense", "streaming")
 
 
 @checked
 def cacr_loss(
     attention: Attention,
-    n_text: NText = None,
+    n_text: NText | None = None,
     *,
     mask: Mask | None = None,
-    convention: Convention = RELEASED,
+    convention: ConventionLike = RELEASED,
     direction: Direction = "both",
     reduction: Reduction = "mean",
     impl: Impl = "auto",
 ) -> Float[Tensor, "..."]:
     r"""Cross-modal attention congruence: m-KL(sigma(E VV E^T), sigma(LL)), and likewise for vision (Eq. 3, 5).
 
-    The attention among image tokens is carried over to the text tokens by E, the text-to-image attention as a change
-    of basis, and held against the attention among text tokens.
+    E, the text-to-image attention, is a change of basis: it carries the attention among image tokens over to the text
+    tokens, where m-KL compares it with the attention among text tokens. The default convention, `RELEASED`, is what the
+    authors ran, and nearly flat, since it takes the softmax of probabilities; `WEIGHTED_MEAN` takes a weighted mean of
+    scores instead, which has a larger loss and gradient (`docs/conventions.md`).
 
     Args:
         attention: one layer's pre-softmax scores, `(batch, heads, length, length)` or `(batch, length, length)`, a
-            captured layer, or `AttentionBlocks`. For `RELEASED`, `probs.log()` will do instead of scores, as long as
-            each row of a block keeps some probability.
-        n_text: number of text tokens, which come first, as an int or `(batch,)`; or a `TokenLayout`. Left out for
-            `AttentionBlocks` alone.
+            captured layer or another `ScoreSource`, or `AttentionBlocks`. With `RELEASED`, `probs.log()` may replace
+            the scores, as long as each row of a block keeps some probability.
+        n_text: number of text tokens, which come first, as an int or `(batch,)`; or a `TokenLayout`. Only
+            `AttentionBlocks` need none.
         mask: `(batch, length)`, True or 1 at real tokens; or which pairs may attend, bool, `(batch, length, length)`
             or broadcastable to `(batch, heads, length, length)`.
-        convention: which of the published definitions: `RELEASED`, `PRINTED`, `WEIGHTED_MEAN`, or your own.
+        convention: which of the published definitions: `RELEASED`, `PRINTED`, `WEIGHTED_MEAN`, their names as strings
+            (`"released"`), or your own `Convention`.
         direction: `"language"` (LL against the projected VV), `"vision"` (VV against the projected LL), or their sum.
         reduction: over the batch: `"mean"` of the samples that have both modalities, `"sum"`, or `"none"`.
         impl: `"dense"`; `"streaming"`, the same numbers in linear memory, from a captured layer or `QueryKey` without a
-            mask of pairs; or `"auto"`: streaming where it can and pays (`docs/performance.md`), else dense.
+            mask of pairs; or `"auto"`: streaming where it is possible and faster (`docs/performance.md`), else dense.
 
     Returns:
         The loss in nats, >= 0: a scalar, or `(batch,)` for `"none"`. A sample without text or without image is exactly
-        0, passes no gradient and is not counted in the mean; one whose pairs none may attend is 0 and counted. Pairs
-        that may not attend are left out of softmaxes, sums and weighted means (`docs/mathematics.md`). Computed in
-        float32 for half precision, also under autocast (call backward outside of it, as PyTorch advises: inside,
-        autocast rounds the gradient). Padding and boundaries cost no wait for the device, a boundary for each sample
-        costs one, a mask of pairs two.
+        0, has no gradient and is not counted in the mean. A sample in which no pair may attend is 0 and counted. Pairs
+        that may not attend are left out of softmaxes, sums and weighted means (`docs/mathematics.md`). Half precision
+        is computed in float32, also under autocast (call backward outside of autocast, as PyTorch advises).
+
+        Synchronizations with the device: none for an int boundary, a `TokenLayout` and a token mask; one for a
+        `(batch,)` boundary; one for a mask of pairs. A captured layer of 256 positions or more whose mask is added to
+        the scores costs one more under `"auto"` and `"streaming"`.
 
     Raises:
-        jaxtyping.TypeCheckError: scores not square or not floating point, masks or n_text of another shape or dtype.
-        ValueError: an unknown option, a boundary out of range, a layout of another size, tensors on several devices,
-            a direction whose cross-modal block does not exist (causal decoders, blocks without VL). Under
-            `torch.compile` neither error is raised for what only the values of a tensor can tell, nor for shapes; under
-            `torch.func.vmap` none for such values.
+        ValueError: scores that are not square or not floating point, masks or n_text of another shape or dtype, an
+            unknown option, a boundary out of range, a layout of another size, tensors on several devices, a direction
+            whose cross-modal block does not exist (causal decoders, blocks without VL). `torch.compile` checks neither
+            shapes nor values, and `torch.func.vmap` no values.
 
     Source:
         CACR (Pandey et al., ACL 2023), Eq. 3 to 5 and Algorithm 1; `docs/paper-map.md`.
@@ -70,78 +112,30 @@ def cacr_loss(
 
         >>> S = torch.zeros(1, 3, 3)
         >>> S[0, :2, 0] = torch.tensor(3.0).log()
-        >>> cacr_loss(S, n_text=2, convention=WEIGHTED_MEAN, direction="language")
+        >>> cacr_loss(S, n_text=2, convention="weighted_mean", direction="language")
         tensor(0.2747)
     """
-    return loss_of(attention, n_text, mask, cacr_side(convention), direction, reduction, impl)
-
-
-def cacr_side(convention: Convention) -> Side:
-    """CACR's language side."""
-
-    def soft(maps: Quadrants[Tensor], target: Tensor, masks: Masks) -> Compared:
-        E = equivalence(maps.LV, masks.LV, convention)
-        # m-KL(sigma(E VV E^T), sigma(LL))
-        if convention.blocks == "scores" and convention.equivalence == "softmax":
-            R, counted = project_weighted(E, maps.VV, masks)
-            return Compared(R, target, counted)
-        return Compared(project(E, maps.VV), target, masks.LL)
-
-    return Side("cacr", soft, symmetric_kl, convention, log_target=not convention.target_softmax)
-
-
-@checked
-def cacr_loss_qk(
-    query: Float[Tensor, "batch heads length width"],
-    key: Float[Tensor, "batch groups length width"],
-    n_text: NText,
-    *,
-    scale: Factor | None = None,
-    mask: Mask | None = None,
-    convention: Convention = RELEASED,
-    direction: Direction = "both",
-    reduction: Reduction = "mean",
-    impl: Impl = "auto",
-) -> Float[Tensor, "..."]:
-    """`cacr_loss(QueryKey(query, key, scale), n_text, ...)`: from queries and keys, so that no map need be built.
-
-    Args:
-        query: `(batch, heads, length, width)`, as they enter the product: after rotary embedding and norms.
-        key: `(batch, groups, length, width)`, where heads is a multiple of groups.
-        n_text: and all that follows: as for `cacr_loss`, but
-        scale: factor of `query key^T`; None: 1 / sqrt(width).
-
-    Returns, Raises:
-        As `cacr_loss`, and as `QueryKey` for queries and keys that don't fit each other.
-
-    Example:
-        >>> cacr_loss_qk(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4), n_text=2)
-        tensor(0.)
-    """
-    source = QueryKey(query, key, scale)
-    return cacr_loss(
-        source, n_text, mask=mask, convention=convention, direction=direction, reduction=reduction, impl=impl
-    )
+    return evaluate(LOSSES["cacr"], attention, n_text, mask, convention, direction, reduction, impl)
 
 
 @checked
 def iais_loss(
     attention: Attention,
-    n_text: NText = None,
+    n_text: NText | None = None,
     *,
     mask: Mask | None = None,
     alignment: Alignment = "singular",
-    convention: Convention = RELEASED,
+    convention: ConventionLike = RELEASED,
     direction: Direction = "both",
     reduction: Reduction = "mean",
     impl: Impl = "auto",
 ) -> Float[Tensor, "..."]:
     """Intra-modal self-attention distance with hard or distributed alignment (IAIS): CACR's ancestor.
 
-    `"singular"`: each text token is stood for by the one image token that it attends to most, so that
+    `"singular"`: each text token is replaced by the image token that it attends to most, so that
     `R[i, j] = VV[argmax LV[i], argmax LV[j]]` and the loss is m-KL(sigma(R), A_LL). `"distributed"`: the text
-    attention is held against the way through the image and back, m-KL(A_LL, A_LV A_VL), with an epsilon inside the
-    logarithms; defined for conventions on probabilities alone.
+    attention is compared with the way through the image and back, m-KL(A_LL, A_LV A_VL), with an epsilon inside the
+    logarithms; it is defined only for conventions on probabilities.
 
     Args:
         attention: as for `cacr_loss`, and so are all other arguments but
@@ -152,7 +146,7 @@ def iais_loss(
         can fall below 0 by as much as epsilon times the number of columns.
 
     Raises:
-        jaxtyping.TypeCheckError, ValueError: as `cacr_loss`, and for distributed alignment on raw scores.
+        ValueError: as `cacr_loss`, and for distributed alignment on raw scores.
 
     Source:
         IAIS (Ren et al., ACL 2021), Section 3 and released code; `docs/paper-map.md`.
@@ -165,30 +159,259 @@ def iais_loss(
         >>> iais_loss(S, n_text=2, direction="language")
         tensor(0.2747)
     """
-    return loss_of(attention, n_text, mask, iais_side(alignment, convention), direction, reduction, impl)
-
-
-def iais_side(alignment: Alignment, convention: Convention) -> Side:
-    """IAIS's language side."""
     one_of("alignment", alignment, ("singular", "distributed"))
-
-    def singular(maps: Quadrants[Tensor], target: Tensor, masks: Masks) -> Compared:
-        R, counted = project_singular(maps.LV, maps.VV, masks)
-        return Compared(R, target, counted)
-
-    def distributed(maps: Quadrants[Tensor], target: Tensor, masks: Masks) -> Compared:
-        # P = A_LV A_VL against T = A_LL
-        return Compared(fill(maps.LV @ maps.VL, masks.LL, 0.0), fill(target, masks.LL, 0.0), masks.LL)
-
-    def through_the_image(P: Tensor, T: Tensor, counted: Tensor | None) -> Tensor:
-        return there_and_back(P, T, convention.epsilon)
-
-    if alignment == "singular":
-        return Side("singular", singular, symmetric_kl, convention, log_target=not convention.iais_target_softmax)
-    return Side("distributed", distributed, through_the_image, convention)
+    return evaluate(LOSSES[alignment], attention, n_text, mask, convention, direction, reduction, impl)
 
 
-class CACRLoss(nn.Module):
+class Comparison(NamedTuple):
+    """What one side of a loss compares, row by row; all `(batch, heads, N, N)` but the last."""
+
+    projected: Tensor
+    """The other modality's attention in this one's terms: logits, but probabilities for distributed alignment."""
+    own: Tensor
+    """This modality's own attention, likewise."""
+    counted: Tensor | None
+    """Which entries are compared, broadcastable; None: all."""
+    rows: Tensor
+    """The divergence of each row in nats, `(batch, heads, N)`."""
+
+
+def cacr(maps: Maps, convention: Convention) -> Comparison:
+    """CACR's language side, Eq. 3 to 5; with L and V exchanged it is the vision side."""
+    E = equivalence(maps.LV, maps.counted.LV, convention)
+    if maps.counted.VV is not None and convention.blocks == "scores" and convention.equivalence == "softmax":
+        R, counted = project_weighted(E, maps.VV, maps.counted)
+    else:
+        # R = E VV E^T
+        R, counted = E @ maps.VV @ E.mT, maps.counted.LL
+    LL = maps.LL if convention.target_softmax else log_attention_map(maps.scores, maps.mask, convention)
+    # m-KL(sigma(R), sigma(LL))
+    return Comparison(R, LL, counted, m_kl(R, LL, counted))
+
+
+def singular(maps: Maps, convention: Convention) -> Comparison:
+    """IAIS's singular alignment, language side: E = one_hot(argmax LV)."""
+    R, counted = project_singular(maps.LV, maps.VV, maps.counted)
+    LL = maps.LL if convention.iais_target_softmax else log_attention_map(maps.scores, maps.mask, convention)
+    # m-KL(sigma(R), A_LL)
+    return Comparison(R, LL, counted, m_kl(R, LL, counted))
+
+
+def distributed(maps: Maps, convention: Convention) -> Comparison:
+    """IAIS's distributed alignment, language side: from text to image and back."""
+    counted = maps.counted.LL
+    # P = A_LV A_VL against T = A_LL
+    P, T = fill(maps.LV @ maps.VL, counted, 0.0), fill(maps.LL, counted, 0.0)
+    return Comparison(P, T, counted, distributed_kl(P, T, convention.epsilon))
+
+
+@dataclass(frozen=True)
+class CongruenceLoss:
+    """One loss: everything that is particular to it."""
+
+    name: str
+    dense: Callable[[Maps, Convention], Comparison]
+    """Its language side, all maps built."""
+    streaming: forms.Form | None = None
+    """The same from queries and keys, in linear memory; None: there is no such form."""
+    needs: tuple[str, ...] = ("LV",)
+    """The cross-modal blocks of its language side: LV, or LV and VL."""
+    on_scores: bool = True
+    """Whether it is defined for conventions on raw scores."""
+    logits: bool = True
+    """Whether it compares logits, whose softmax is the distribution; else it compares probabilities."""
+
+
+LOSSES = {
+    loss.name: loss
+    for loss in (
+        CongruenceLoss("cacr", cacr, forms.CACR()),
+        CongruenceLoss("singular", singular, forms.Singular()),
+        CongruenceLoss("distributed", distributed, forms.Distributed(), ("LV", "VL"), on_scores=False, logits=False),
+    )
+}
+"""Every loss by its name."""
+
+
+def evaluate(
+    loss: CongruenceLoss,
+    attention: Attention,
+    n_text: NText | None,
+    mask: Tensor | None,
+    convention: ConventionLike,
+    direction: Direction,
+    reduction: Reduction,
+    impl: Impl,
+) -> Tensor:
+    """A loss over the batch: reads the input once, computes each sample's loss, reduces. Arguments as `cacr_loss`."""
+    convention = check_options(loss, convention, direction, reduction, impl)
+    where = None if isinstance(attention, AttentionBlocks) else read(attention, n_text, mask)
+    may_stream = impl == "streaming" or (impl == "auto" and where is not None and max(where.longest) >= SHORTEST)
+    if may_stream and _streams(loss, attention, where, convention, impl):
+        assert where is not None
+        assert loss.streaming is not None
+        text, image = where.text, where.image
+        losses = per_sample.per_sample(attention, where, loss.streaming, convention, direction)
+    else:
+        blocks = read_blocks(loss, attention, n_text, mask, convention, direction, where)
+        text, image = blocks.text_mask, blocks.image_mask
+        losses = _dense(loss, blocks, convention, direction)
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / both_modalities(text, image).sum().clamp(min=1)
+
+
+def check_options(
+    loss: CongruenceLoss, convention: ConventionLike, direction: str, reduction: str = "mean", impl: str = "auto"
+) -> Convention:
+    """The convention that is meant; a ValueError for unknown words and for a loss that it does not define."""
+    if not isinstance(convention, Convention):
+        convention = as_convention(convention)
+    if direction not in DIRECTIONS or reduction not in REDUCTIONS or impl not in IMPLS:
+        one_of("direction", direction, DIRECTIONS)
+        one_of("reduction", reduction, REDUCTIONS)
+        one_of("impl", impl, IMPLS)
+    if convention.blocks == "scores" and not loss.on_scores:
+        raise ValueError(
+            f"alignment={loss.name!r} is not defined on raw scores: use a convention with blocks='probabilities', "
+            "such as RELEASED, or alignment='singular'"
+        )
+    return convention
+
+
+def read(attention: Tensor | Source, n_text: NText | None, mask: Tensor | None) -> Located:
+    """Where the tokens are, and which pairs of them may attend."""
+    if n_text is None:
+        raise ValueError("n_text is missing: pass the number of text tokens (int or tensor) or a TokenLayout")
+    allowed = None if isinstance(attention, Tensor) else attention.allowed
+    return locate(attention, n_text, joined(allowed, mask), pairs_known=allowed is not None and attention.has_pair_mask)
+
+
+def read_blocks(
+    loss: CongruenceLoss,
+    attention: Attention,
+    n_text: NText | None,
+    mask: Tensor | None,
+    convention: Convention,
+    direction: str,
+    where: Located | None = None,
+) -> AttentionBlocks:
+    """The 4-D blocks of whatever a loss was given, or a ValueError where the loss is not defined on them."""
+    if isinstance(attention, AttentionBlocks):
+        if n_text is not None or mask is not None:
+            raise ValueError("AttentionBlocks carry their own boundary and masks: leave n_text and mask out")
+        blocks = attention if attention.LL.dim() == 4 else attention.with_heads()
+    else:
+        where = read(attention, n_text, mask) if where is None else where
+        S = attention if isinstance(attention, Tensor) else attention.scores
+        blocks = cut(S if S.dim() == 4 else S[:, None], where)
+    cross = loss.needs if direction == "language" else tuple(name[::-1] for name in loss.needs)
+    if direction == "both":
+        cross = ("LV", "VL")
+    for name in cross:
+        if getattr(blocks, name) is None:
+            raise ValueError(f"these blocks have no {name}, which this loss and direction need: {_REMEDY[name]}")
+    heads = [getattr(blocks, name).shape[1] for name in ("LL", "VV", *cross)]
+    if 0 in heads:
+        raise ValueError("the attention has 0 heads: a loss is a mean over heads and needs at least one")
+    if convention.heads == "mean_loss" and min(heads) < max(heads):
+        raise ValueError(
+            f"the blocks have different numbers of heads, {sorted(set(heads))}, and a loss per head needs equal ones: "
+            "use a convention with heads='mean_map'"
+        )
+    if blocks.allowed is not None:
+        _check_seen(blocks, cross)
+    return blocks
+
+
+def _check_seen(blocks: AttentionBlocks, cross: tuple[str, ...]) -> None:
+    """A ValueError where the model's mask hides a whole block, as that of a causal decoder does."""
+    assert blocks.allowed is not None
+    sees = blocks._sees
+    if sees is None and readable(blocks.LL, *blocks.allowed):
+        some, *found = which_see(blocks.text_mask, blocks.image_mask, blocks.allowed)
+        sees = (found[0], found[1]) if some else None
+    for name, seen in zip(("LV", "VL"), sees or (), strict=False):
+        if name in cross and not seen:
+            raise ValueError(
+                f"no pair of {name} may attend, as in causal decoders: {_REMEDY[name]}. If that is not so in this "
+                "model, n_text or the layout is wrong: where does the image stand?"
+            )
+
+
+_REMEDY = {
+    "LV": "text tokens must see image tokens; direction='vision' of cacr_loss or of singular alignment does without",
+    "VL": "image tokens must see text tokens; direction='language' of cacr_loss or of singular alignment does without",
+}
+
+
+def _streams(
+    loss: CongruenceLoss, attention: Attention, where: Located | None, convention: Convention, impl: Impl
+) -> bool:
+    """Whether to use the streaming form; a ValueError where it was asked for and can't be used."""
+    why = ""
+    if loss.streaming is None:
+        why = f"the loss {loss.name!r} has no streaming form"
+    elif isinstance(attention, AttentionBlocks):
+        why = "AttentionBlocks hold scores, not queries and keys, and two streams have no streaming form"
+    elif isinstance(attention, Tensor):
+        why = "it was given scores, not queries and keys"
+    elif where is not None and where.allowed is not None:
+        why = "a mask says which pairs may attend (causal attention, for instance)"
+    elif attention.query is None:
+        why = "this layer's scores are not scale query key^T: its model adds a bias, caps or shifts them"
+    elif where is not None:
+        return impl == "streaming" or per_sample.pays(attention.query, where.longest, convention)
+    if impl == "auto":
+        return False
+    other = ", or pass a captured layer or QueryKey(query, key) without a mask of pairs"
+    raise ValueError(
+        f"impl='streaming' can't be used here, {why}: use impl='auto', which then takes the dense form"
+        + ("" if isinstance(attention, AttentionBlocks) or loss.streaming is None else other)
+    )
+
+
+def _dense(loss: CongruenceLoss, blocks: AttentionBlocks, convention: Convention, direction: str) -> Tensor:
+    """The loss of each sample, `(batch,)`, all maps built."""
+    if not blocks.LV.numel():
+        return zero_losses(blocks.LV)
+    losses = None
+    with no_autocast(blocks.LL.device):
+        for maps in sides(blocks, convention, direction, both_ways="VL" in loss.needs):
+            rows, counted = loss.dense(maps, convention).rows, maps.counted.LL
+            # sum_i, or the mean over the sample's own rows; then the mean over heads
+            per_head = rows.sum(-1)
+            if convention.rows == "mean":
+                per_head = per_head / (rows.shape[-1] if counted is None else counted.any(-1).sum(-1).clamp(min=1))
+            losses = per_head.mean(1) if losses is None else losses + per_head.mean(1)
+    assert losses is not None
+    return losses
+
+
+class _LossModule(nn.Module):
+    """What the losses as modules share: their options, and how they print them."""
+
+    def __init__(
+        self,
+        loss: CongruenceLoss,
+        convention: ConventionLike,
+        direction: Direction,
+        reduction: Reduction,
+        impl: Impl,
+    ) -> None:
+        super().__init__()
+        self.convention = check_options(loss, convention, direction, reduction, impl)
+        self.direction, self.reduction, self.impl = direction, reduction, impl
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("convention", "direction", "reduction", "impl")}
+
+    def extra_repr(self) -> str:
+        """The options, for printing."""
+        return f"direction={self.direction!r}, reduction={self.reduction!r}, convention={self.convention}"
+
+
+class CACRLoss(_LossModule):
     """`cacr_loss` as a module, for frameworks that want one; options and errors as there.
 
     Example:
@@ -198,61 +421,38 @@ class CACRLoss(nn.Module):
 
     def __init__(
         self,
-        convention: Convention = RELEASED,
+        convention: ConventionLike = RELEASED,
         *,
         direction: Direction = "both",
         reduction: Reduction = "mean",
         impl: Impl = "auto",
     ) -> None:
-        super().__init__()
-        check_options(convention, direction, reduction, impl)
-        self.convention, self.direction, self.reduction, self.impl = convention, direction, reduction, impl
+        super().__init__(LOSSES["cacr"], convention, direction, reduction, impl)
 
-    def forward(self, attention: Attention, n_text: NText = None, mask: Mask | None = None) -> Tensor:
+    def forward(self, attention: Attention, n_text: NText | None = None, mask: Mask | None = None) -> Tensor:
         """`cacr_loss(attention, n_text, mask=mask)` with the module's options."""
-        return cacr_loss(
-            attention,
-            n_text,
-            mask=mask,
-            convention=self.convention,
-            direction=self.direction,
-            reduction=self.reduction,
-            impl=self.impl,
-        )
-
-    def extra_repr(self) -> str:
-        """The options, for printing."""
-        return f"direction={self.direction!r}, reduction={self.reduction!r}, convention={self.convention}"
+        return cacr_loss(attention, n_text, mask=mask, **self._options())
 
 
-class IAISLoss(CACRLoss):
+class IAISLoss(_LossModule):
     """`iais_loss` as a module; options and errors as there."""
 
     def __init__(
         self,
-        convention: Convention = RELEASED,
+        convention: ConventionLike = RELEASED,
         *,
         alignment: Alignment = "singular",
         direction: Direction = "both",
         reduction: Reduction = "mean",
         impl: Impl = "auto",
     ) -> None:
-        super().__init__(convention, direction=direction, reduction=reduction, impl=impl)
         one_of("alignment", alignment, ("singular", "distributed"))
+        super().__init__(LOSSES[alignment], convention, direction, reduction, impl)
         self.alignment = alignment
 
-    def forward(self, attention: Attention, n_text: NText = None, mask: Mask | None = None) -> Tensor:
+    def forward(self, attention: Attention, n_text: NText | None = None, mask: Mask | None = None) -> Tensor:
         """`iais_loss(attention, n_text, mask=mask)` with the module's options."""
-        return iais_loss(
-            attention,
-            n_text,
-            mask=mask,
-            alignment=self.alignment,
-            convention=self.convention,
-            direction=self.direction,
-            reduction=self.reduction,
-            impl=self.impl,
-        )
+        return iais_loss(attention, n_text, mask=mask, alignment=self.alignment, **self._options())
 
     def extra_repr(self) -> str:
         """The options, for printing."""

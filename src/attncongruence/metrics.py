@@ -11,13 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attncongruence._typing import Count, Reduction, checked, same_device, values_of
-from attncongruence.blocks import Attention, AttentionBlocks, NText, as_blocks
+from attncongruence.blocks import Attention, AttentionBlocks, Mask, NText, Quadrants
 from attncongruence.conventions import RELEASED, WEIGHTED_MEAN, Convention
-from attncongruence.equivalence import attention_map, fill
-from attncongruence.locate import Mask
-from attncongruence.losses import iais_loss
-from attncongruence.quadrants import Quadrants
-from attncongruence.sides import prepare
+from attncongruence.losses import LOSSES, check_options, iais_loss, read_blocks
+from attncongruence.maps import attention_map, entries, fill
 
 
 class WinogroundScores(NamedTuple):
@@ -134,7 +131,7 @@ def recall_at_k(
 @checked
 def attention_distance(
     attention: Attention,
-    n_text: NText = None,
+    n_text: NText | None = None,
     *,
     mask: Mask | None = None,
     regions: Integer[Tensor, "batch text"] | None = None,
@@ -175,7 +172,17 @@ def attention_distance(
     """
     if regions is None:
         return iais_loss(attention, n_text, mask=mask, convention=convention, direction="language", reduction=reduction)
-    blocks = _annotated(as_blocks(attention, n_text, mask), regions)
+    blocks = _annotated(
+        read_blocks(
+            LOSSES["singular"],
+            attention,
+            n_text,
+            mask,
+            check_options(LOSSES["singular"], convention, "language"),
+            "language",
+        ),
+        regions,
+    )
     return iais_loss(blocks, convention=convention, direction="language", reduction=reduction)
 
 
@@ -183,7 +190,7 @@ def attention_distance(
 @checked
 def argmax_entropy(
     attention: Attention,
-    n_text: NText = None,
+    n_text: NText | None = None,
     *,
     mask: Mask | None = None,
     convention: Convention = RELEASED,
@@ -222,7 +229,9 @@ def argmax_entropy(
         >>> argmax_entropy(S, n_text=4)
         tensor(1.0397)
     """
-    blocks, masks = prepare(attention, n_text, mask, convention, "language", reduction, "dense", False)
+    convention = check_options(LOSSES["cacr"], convention, "language", reduction)
+    blocks = read_blocks(LOSSES["cacr"], attention, n_text, mask, convention, "language")
+    masks = entries(blocks)
     batch, heads, _, M = blocks.LV.shape
     counts = blocks.LL.new_zeros(batch, 1 if convention.heads == "mean_map" else heads, M, dtype=torch.float32)
     if blocks.LV.numel():
@@ -264,7 +273,9 @@ def _annotated(blocks: AttentionBlocks, regions: Tensor) -> AttentionBlocks:
     allowed = blocks.allowed or Quadrants(everything, everything, everything, everything)
     LV = one_hot[:, None].to(blocks.LL.dtype).expand(-1, blocks.LL.shape[1], -1, -1)
     text_mask = blocks.text_mask & given.any(1, keepdim=True)
-    return replace(blocks, LV=LV, text_mask=text_mask, allowed=allowed._replace(LV=one_hot[:, None]), padded=True)
+    return replace(
+        blocks, LV=LV, text_mask=text_mask, allowed=allowed._replace(LV=one_hot[:, None]), _padded=True, _sees=None
+    )
 
 
 def _comparable(name: str, scores: Tensor) -> Tensor:

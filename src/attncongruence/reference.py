@@ -1,7 +1,7 @@
 """The oracles: Algorithm 1 of CACR and its hard-aligned ancestor, literal loops over (sample, head, i, j).
 
-Slow on purpose, and written apart from the fast code: they share how input is read and refused, and no mathematics.
-Each sample is cut to its own tokens first, so there is no mask below but which pairs may attend. Gradients flow.
+Slow on purpose. They share with the losses how input is read and refused, and no mathematics. Each sample is cut to its
+own tokens first, so the only masks below say which pairs may attend. Gradients flow.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from attncongruence._precision import at_least_float32, zeros
-from attncongruence._typing import Alignment, Direction, Impl, Reduction, checked, one_of, values_of
-from attncongruence.blocks import Attention, AttentionBlocks, NText
-from attncongruence.conventions import RELEASED, Convention
-from attncongruence.locate import Mask
-from attncongruence.sides import prepare
+from attncongruence._typing import Alignment, Direction, Impl, Reduction, at_least_float32, checked, one_of, values_of
+from attncongruence.blocks import Attention, AttentionBlocks, Mask, NText
+from attncongruence.conventions import RELEASED, Convention, ConventionLike
+from attncongruence.losses import LOSSES, check_options, read_blocks
+from attncongruence.maps import zero_losses
 
 Maps = dict[str, Tensor]
+Rows = Callable[[Maps, Maps, Convention], list[Tensor]]
 
 
 @checked
 def soft_equivalence_loop(
     attention: Attention,
-    n_text: NText = None,
+    n_text: NText | None = None,
     *,
     mask: Mask | None = None,
-    convention: Convention = RELEASED,
+    convention: ConventionLike = RELEASED,
     direction: Direction = "both",
     reduction: Reduction = "mean",
     impl: Impl = "auto",
@@ -39,7 +39,7 @@ def soft_equivalence_loop(
         E[i] (outer) E[j]; then m-KL (Eq. 4), row by row.
     """
 
-    def rows(maps: Maps, pairs: Maps) -> list[Tensor]:
+    def rows(maps: Maps, pairs: Maps, convention: Convention) -> list[Tensor]:
         E = maps["LV"]
         if convention.equivalence == "softmax":
             E = _each_row(E / convention.temperature, pairs["LV"])
@@ -62,17 +62,17 @@ def soft_equivalence_loop(
             losses.append(_m_kl(torch.stack(R), maps["LL"][i], torch.stack(counted), convention.target_softmax))
         return losses
 
-    return _loop(attention, n_text, mask, convention, direction, reduction, impl, rows)
+    return _loop("cacr", attention, n_text, mask, convention, direction, reduction, impl, rows)
 
 
 @checked
 def hard_equivalence_loop(
     attention: Attention,
-    n_text: NText = None,
+    n_text: NText | None = None,
     *,
     mask: Mask | None = None,
     alignment: Alignment = "singular",
-    convention: Convention = RELEASED,
+    convention: ConventionLike = RELEASED,
     direction: Direction = "both",
     reduction: Reduction = "mean",
     impl: Impl = "auto",
@@ -83,7 +83,7 @@ def hard_equivalence_loop(
         IAIS (Ren et al., ACL 2021), Section 3, and its released code.
     """
 
-    def singular(maps: Maps, pairs: Maps) -> list[Tensor]:
+    def singular(maps: Maps, pairs: Maps, convention: Convention) -> list[Tensor]:
         N, losses = range(maps["LV"].shape[0]), []
         best = [
             int(maps["LV"][i].masked_fill(~pairs["LV"][i], -torch.inf).argmax()) if pairs["LV"][i].any() else 0
@@ -95,7 +95,7 @@ def hard_equivalence_loop(
             losses.append(_m_kl(R, maps["LL"][i], counted, convention.iais_target_softmax))
         return losses
 
-    def distributed(maps: Maps, pairs: Maps) -> list[Tensor]:
+    def distributed(maps: Maps, pairs: Maps, convention: Convention) -> list[Tensor]:
         N, eps, losses = range(maps["LV"].shape[0]), convention.epsilon, []
         for i in N:
             loss = maps["LL"].new_zeros(())
@@ -110,27 +110,28 @@ def hard_equivalence_loop(
 
     one_of("alignment", alignment, ("singular", "distributed"))
     rows = singular if alignment == "singular" else distributed
-    return _loop(attention, n_text, mask, convention, direction, reduction, impl, rows, alignment == "distributed")
+    return _loop(alignment, attention, n_text, mask, convention, direction, reduction, impl, rows)
 
 
 def _loop(
+    name: str,
     attention: Attention,
-    n_text: NText,
+    n_text: NText | None,
     mask: Tensor | None,
-    convention: Convention,
+    convention: ConventionLike,
     direction: Direction,
     reduction: Reduction,
     impl: Impl,
-    rows: Callable[[Maps, Maps], list[Tensor]],
-    there_and_back: bool = False,
+    rows: Rows,
 ) -> Tensor:
     """Loop over samples and directions, cut each sample to its own tokens, and reduce."""
-    blocks, _ = prepare(attention, n_text, mask, convention, direction, reduction, impl, there_and_back)
+    convention = check_options(LOSSES[name], convention, direction, reduction, impl)
+    blocks = read_blocks(LOSSES[name], attention, n_text, mask, convention, direction)
     values_of(attention=blocks.LL)
     losses, present = [], 0
     for sample in range(blocks.LL.shape[0]):
         text, image = (m[sample].nonzero()[:, 0] for m in (blocks.text_mask, blocks.image_mask))
-        loss = zeros(blocks.LV)[sample]
+        loss = zero_losses(blocks.LV)[sample]
         if len(text) and len(image):
             present += 1
             scores, pairs = _sample(blocks, sample, {"L": text, "V": image})
@@ -139,7 +140,7 @@ def _loop(
             if direction in ("both", "vision"):
                 loss = loss + _one_side(_swapped(scores), _swapped(pairs), convention, rows)
         losses.append(loss)
-    each = torch.stack(losses) if losses else zeros(blocks.LV)
+    each = torch.stack(losses) if losses else zero_losses(blocks.LV)
     return {"none": each, "sum": each.sum(), "mean": each.sum() / max(present, 1)}[reduction]
 
 
@@ -164,7 +165,7 @@ def _swapped(maps: Maps) -> Maps:
     return {name.translate(str.maketrans("LV", "VL")): block for name, block in maps.items()}
 
 
-def _one_side(scores: Maps, pairs: Maps, convention: Convention, rows: Callable[[Maps, Maps], list[Tensor]]) -> Tensor:
+def _one_side(scores: Maps, pairs: Maps, convention: Convention, rows: Rows) -> Tensor:
     """The language side of one sample, averaged over its heads or on the mean of its maps."""
     each_map = {
         name: [_map(scores[name][h], pairs[name][h], convention) for h in range(len(scores[name]))] for name in scores
@@ -182,7 +183,7 @@ def _one_side(scores: Maps, pairs: Maps, convention: Convention, rows: Callable[
         # A token that may attend to none of the other modality has no counterpart.
         matched = own_pairs["LV"].any(-1)
         own_pairs = own_pairs | {"LL": own_pairs["LL"] & matched[:, None] & matched[None, :]}
-        row_losses = torch.stack(rows(own_maps, own_pairs))
+        row_losses = torch.stack(rows(own_maps, own_pairs, convention))
         counted = int(own_pairs["LL"].any(-1).sum())
         losses.append(row_losses.sum() / (max(counted, 1) if convention.rows == "mean" else 1))
     return torch.stack(losses).mean()

@@ -1,29 +1,40 @@
-"""What a loss can be asked of besides a tensor of scores: a captured layer, or queries and keys at hand."""
+"""Score providers: what a loss accepts besides a tensor of scores."""
 
 from __future__ import annotations
 
-import abc
 import math
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
+import torch
+from beartype.vale import Is
 from jaxtyping import Float
 from torch import Tensor
 
-from attncongruence._precision import at_least_float32, no_autocast
-from attncongruence._typing import checked, real, same_device
+from attncongruence._typing import at_least_float32, checked, no_autocast, number, same_device
 
 
-class ScoreSource(abc.ABC):
-    """What has pre-softmax scores to give: a captured layer. The losses know it by this name alone."""
+class ScoreSource(Protocol):
+    """One layer's pre-softmax scores, computed when they are asked for. Subclass it to write a source of your own.
+
+    `scores` and `allowed` are required. With `query` and `key` the streaming form can be used. With `shape` and `device`
+    the scores need not be computed to learn them. A captured layer and `QueryKey` are sources.
+
+    Example:
+        >>> class Uniform(ScoreSource):
+        ...     scores, allowed = torch.zeros(1, 2, 5, 5), None
+        >>> cacr_loss(Uniform(), n_text=2)
+        tensor(0.)
+    """
 
     @property
-    @abc.abstractmethod
     def scores(self) -> Tensor:
         """Pre-softmax scores, `(batch, heads, queries, keys)`."""
+        ...
 
     @property
-    @abc.abstractmethod
     def allowed(self) -> Tensor | None:
         """Which pairs may attend, bool, 4-D and broadcastable to `scores`; None: all."""
+        ...
 
     @property
     def query(self) -> Tensor | None:
@@ -32,7 +43,7 @@ class ScoreSource(abc.ABC):
 
     @property
     def key(self) -> Tensor | None:
-        """As many heads as `query`."""
+        """As `query`, with as many heads."""
         return None
 
     @property
@@ -40,9 +51,28 @@ class ScoreSource(abc.ABC):
         """Factor of `query key^T`."""
         return 1.0
 
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of `scores`."""
+        return self.scores.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Device of `scores`."""
+        return self.scores.device
+
+    @property
+    def has_pair_mask(self) -> bool:
+        """Whether `allowed` is known, without looking at its values, to differ between queries or heads."""
+        return False
+
+
+# `isinstance` with a Protocol would compute the scores, so only the class is looked at.
+Source = ScoreSource if TYPE_CHECKING else Annotated[Any, Is[lambda x: hasattr(type(x), "scores")]]
+
 
 class QueryKey(ScoreSource):
-    """Queries and keys of one layer, instead of its scores: what the streaming form works on.
+    """Queries and keys of one layer in place of its scores, so that the streaming form can be used.
 
     Args:
         query: `(batch, heads, length, width)`, after rotary embedding and norms, if the layer has them.
@@ -50,9 +80,8 @@ class QueryKey(ScoreSource):
         scale: factor of `query key^T`, finite; None: 1 / sqrt(width), as in scaled dot product attention.
 
     Raises:
-        jaxtyping.TypeCheckError: other shapes, integers.
-        ValueError: heads that are no multiple of groups, no head or no width, different dtypes, tensors on several
-            devices, a scale that is not finite.
+        ValueError: other shapes or integers, heads that are not a multiple of groups, no head or no width, different
+            dtypes, tensors on several devices, a scale that is not finite.
 
     Example:
         >>> q, k = torch.tensor([[[[1.0], [2.0]]]]), torch.tensor([[[[3.0], [5.0]]]])
@@ -63,7 +92,7 @@ class QueryKey(ScoreSource):
     def __init__(self, query: Tensor, key: Tensor, scale: float | None = None) -> None:
         _check(query, key)
         if scale is not None:
-            real("scale", scale)
+            number("scale", scale)
             if not -math.inf < scale < math.inf:
                 raise ValueError(f"scale={scale} must be finite: leave it out for 1 / sqrt(width)")
         self._query = query
@@ -87,7 +116,7 @@ class QueryKey(ScoreSource):
 
     @property
     def allowed(self) -> None:
-        """None: all pairs may attend; a loss's `mask` says otherwise."""
+        """None: all pairs may attend, unless the loss is given a `mask`."""
 
     @property
     def scores(self) -> Tensor:
@@ -95,10 +124,20 @@ class QueryKey(ScoreSource):
         with no_autocast(self._query.device):
             return (self._scale * at_least_float32(self._query)) @ at_least_float32(self._key).mT
 
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of `scores`."""
+        return torch.Size((*self._query.shape[:3], self._key.shape[2]))
+
+    @property
+    def device(self) -> torch.device:
+        """Device of `query` and `key`."""
+        return self._query.device
+
 
 @checked
 def _check(query: Float[Tensor, "batch heads length width"], key: Float[Tensor, "batch groups length width"]) -> None:
-    """Hold queries and keys to each other."""
+    """Check that queries and keys fit each other."""
     same_device(query=query, key=key)
     if query.dtype != key.dtype:
         raise ValueError(f"query is {query.dtype} and key {key.dtype}: both must have one dtype")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attncongruence._precision import at_least_float32, no_autocast
+from attncongruence._typing import at_least_float32, no_autocast
 from attncongruence.capture.seen import FLOOR, Seen
 from attncongruence.sources import ScoreSource
 
@@ -117,6 +117,16 @@ class CapturedAttention(ScoreSource):
     def device(self) -> torch.device:
         """Where the layer ran."""
         return self._seen.main.device
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of `scores`, without computing them."""
+        return torch.Size((*self._wide(self._seen.main).shape[:2], *self._seen.lengths))
+
+    @property
+    def has_pair_mask(self) -> bool:
+        """Whether a causal flag makes `allowed` differ between queries."""
+        return self._seen.causal and self._seen.lengths[0] > 1
 
     @property
     def requires_grad(self) -> bool:

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attncongruence.blocks import locate
 from attncongruence.capture.find import Log
 from attncongruence.capture.record import CapturedAttention
 from attncongruence.doctor.bench import Inputs, watched
 from attncongruence.layout import TokenLayout
-from attncongruence.locate import locate
 from attncongruence.training.outputs import batch_of
 from attncongruence.training.term import Where
 

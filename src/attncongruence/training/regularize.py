@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from attncongruence._typing import real
+from attncongruence._typing import number
 from attncongruence.capture.hooks import uncompiled_hook
 from attncongruence.capture.session import AttentionCapture, Layers, unwrapped
 from attncongruence.capture.watch import recomputing
@@ -114,7 +114,7 @@ class Regularizer:
 
     def __init__(self, model: nn.Module, term: Term, layers: Layers, weight: Schedule | float) -> None:
         if not callable(weight):
-            real("weight", weight)
+            number("weight", weight)
             if not 0 <= weight < math.inf:
                 raise ValueError(
                     f"weight={weight!r} must be >= 0 and finite, or a schedule such as exponential_warmup(5000)"

@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Callable
 
-from attncongruence._typing import real
+from attncongruence._typing import number
 
 Schedule = Callable[[int], float]
 Shape = Callable[[float, float], float]
@@ -68,8 +68,8 @@ def constant(total_steps: int | None = None) -> Schedule:
 
 
 def _schedule(total_steps: int, scale: float, shape: Shape) -> Schedule:
-    real("total_steps", total_steps)
-    real("scale", scale)
+    number("total_steps", total_steps)
+    number("scale", scale)
     if not 1 <= total_steps < math.inf:
         raise ValueError(
             f"total_steps={total_steps} must be >= 1 and finite: the number of steps over which the weight rises"
@@ -81,7 +81,7 @@ def _schedule(total_steps: int, scale: float, shape: Shape) -> Schedule:
 
 
 def _weight(shape: Shape, scale: float, total_steps: int, step: int) -> float:
-    real("step", step)
+    number("step", step)
     if not step >= 0:
         raise ValueError(f"step={step} must be >= 0: steps are counted from 0")
     return shape(min(step, total_steps) / total_steps, scale)

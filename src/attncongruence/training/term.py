@@ -85,7 +85,7 @@ class Term:
                 "tensor of boundaries"
             )
         if isinstance(where, TokenLayout):
-            text, image = where.extent.max_text, where.extent.max_image
+            text, image = where.max_text, where.max_image
         elif isinstance(where, Tensor):
             return where  # its values are the device's
         else:

@@ -14,7 +14,7 @@ from matplotlib.image import AxesImage
 from torch import Tensor
 
 from attncongruence.blocks import Attention, AttentionBlocks, NText, as_blocks, one_sample
-from attncongruence.equivalence import fill
+from attncongruence.maps import fill
 
 Labels = Sequence[str] | None
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]

@@ -11,12 +11,10 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
 from attncongruence._typing import Count, Loss, OneDirection, Values, checked, one_of
-from attncongruence.blocks import Attention, NText
+from attncongruence.blocks import Attention, Mask, NText, Quadrants
 from attncongruence.conventions import PRINTED, RELEASED, WEIGHTED_MEAN, Convention
-from attncongruence.equivalence import attention_map, entries
-from attncongruence.locate import Mask
 from attncongruence.losses import cacr_side, iais_side
-from attncongruence.quadrants import Quadrants
+from attncongruence.maps import attention_map, entries
 from attncongruence.sides import distributions, loss_of
 from attncongruence.viz.draw import (
     DIVERGING,

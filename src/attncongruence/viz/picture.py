@@ -14,10 +14,9 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from attncongruence._typing import Count, checked
-from attncongruence.blocks import Attention, NText
+from attncongruence.blocks import Attention, Mask, NText
 from attncongruence.conventions import RELEASED
-from attncongruence.equivalence import attention_map, entries
-from attncongruence.locate import Mask
+from attncongruence.maps import attention_map, entries
 from attncongruence.viz.draw import HATCH, LETTER, Array, Labels, any_head, canvas, chosen, over_heads, whose
 
 BEST, NEXT = "#1a9641", "#d7191c"

@@ -5,16 +5,16 @@ from dataclasses import replace
 import torch
 
 from attncongruence import PRINTED, RELEASED, WEIGHTED_MEAN, split_attention
-from attncongruence.equivalence import (
+from attncongruence.blocks import Quadrants
+from attncongruence.maps import (
     attention_map,
+    counted_entries,
     entries,
     equivalence,
     log_attention_map,
     project,
     project_singular,
-    without_unmatched,
 )
-from attncongruence.quadrants import Quadrants
 from tests.helpers.problems import assert_close, randn
 
 NO_MASKS = Quadrants(None, None, None, None)
@@ -73,4 +73,4 @@ def test_entries():
     pairs = torch.ones(2, 1, 5, 5, dtype=torch.bool)
     pairs[0, :, 0, 2:] = False
     masks = entries(split_attention(S, 2, mask=pairs))
-    assert without_unmatched(masks)[:, 0].int().tolist() == [[[0, 0], [0, 1]], [[1, 1], [1, 1]]]
+    assert counted_entries(masks, RELEASED, True).LL[:, 0].int().tolist() == [[[0, 0], [0, 1]], [[1, 1], [1, 1]]]

@@ -1,7 +1,7 @@
-"""What the losses ask of the mean map of one modality, T = mean_h softmax(scale q_h k_h^T), without building it.
+"""What the losses need of the head-mean map of one modality, T = mean_h softmax(scale q_h k_h^T), without building it.
 
-Two things, both in one pass over tiles of its rows: the map seen through E, `R = E T E^T`, and its row divergences from
-a map of low rank, `F G^T`. Backward computes the tiles again. A tile holds some rows of all heads: O(heads M) memory.
+One pass over tiles of its rows gives both: the map seen through E, `R = E T E^T`, and its row divergences from a map of
+low rank, `F G^T`. Backward computes the tiles again. A tile holds some rows of all heads, so memory is O(heads M).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from attncongruence._compat import log_softmax_grad, softmax_grad
-from attncongruence._precision import at_least_float32, no_autocast
-from attncongruence.fast.ops import batched, differentiable, kernels
-from attncongruence.fast.tiles import Five, Target, Tiles, divergence, divergence_grad, groups
+from attncongruence._typing import at_least_float32, no_autocast
+from attncongruence.streaming.ops import batched, differentiable, kernels
+from attncongruence.streaming.tiles import FiveTensors, Target, Tiles, divergence, divergence_grad, groups
 
 
 def mean_map(
@@ -43,21 +43,21 @@ def mean_map(
     Returns:
         `(batch, N, N)`, and `(batch,)` in nats; empty where not asked for.
     """
-    nothing = at_least_float32(q).new_zeros(q.shape[0], 0, 0)
+    empty = at_least_float32(q).new_zeros(q.shape[0], 0, 0)
     if E is None and F is None:
-        return nothing, nothing.sum((1, 2))
-    E, F, G = (nothing if x is None else x for x in (E, F, G))
+        return empty, empty.sum((1, 2))
+    E, F, G = (empty if x is None else x for x in (E, F, G))
     R, loss = _mean_map(q, k, E, F, G, lengths, scale, target, epsilon)
     return R, loss
 
 
 class Rows:
-    """Tiles of rows of T, and the way back from them to q and k; samples of one length.
+    """Tiles of rows of T, and their gradient with respect to q and k; for samples of one length.
 
     Args:
         q, k: `(samples, heads, n, width)`.
         scale: factor of `q k^T`.
-        log: whether log T is wanted, finite also where T underflows.
+        log: compute log T instead, finite also where T underflows.
     """
 
     def __init__(self, q: Tensor, k: Tensor, scale: float, log: bool) -> None:
@@ -67,7 +67,7 @@ class Rows:
         self.tiles = Tiles(q.shape[0], q.shape[2], self.heads + 5, self.q)
 
     def map(self, maps: slice, rows: slice) -> tuple[list[Tensor], Tensor]:
-        """A tile of T or log T, after the softmaxes of all heads; and four more tiles to work with."""
+        """The softmaxes of all heads and four more tiles to work with, and a tile of T or log T."""
         *of_heads, x, T, y, P, Q = self.tiles.buffers(maps, rows)
         for head, own in enumerate(of_heads):
             torch.baddbmm(x, self.q[head, maps, rows], self.k[head, maps].mT, beta=0, alpha=self.scale, out=x)
@@ -84,7 +84,7 @@ class Rows:
     def grad(
         self, maps: slice, rows: slice, tiles: list[Tensor], T: Tensor, dT: Tensor, dq: Tensor, dk: Tensor
     ) -> None:
-        """From the gradient of a tile, of T or log T as held, to dq and dk, `(heads, samples, n, width)`."""
+        """Adds the gradient of a tile of T or log T to dq and dk, `(heads, samples, n, width)`."""
         *of_heads, x = tiles
         dT.div_(self.heads)
         for head, own in enumerate(of_heads):
@@ -118,7 +118,7 @@ def _forward(
     epsilon: float,
 ) -> tuple[Tensor, Tensor]:
     if target != "log" and kernels(q, k):
-        from attncongruence.fast import mean_map_gpu
+        from attncongruence.streaming import mean_map_gpu
 
         return mean_map_gpu.forward(q, k, E, F, G, lengths, scale, target, epsilon)
     R, loss = F.new_zeros(q.shape[0], E.shape[1], E.shape[1]), F.new_zeros(q.shape[0])
@@ -161,9 +161,9 @@ def _backward(
     target: Target,
     epsilon: float,
     with_dE: bool,
-) -> Five:
+) -> FiveTensors:
     if target != "log" and kernels(q, k):
-        from attncongruence.fast import mean_map_gpu
+        from attncongruence.streaming import mean_map_gpu
 
         return mean_map_gpu.backward(q, k, E, F, G, lengths, dR, dloss, scale, target, epsilon, with_dE)
     dq, dk = (F.new_zeros(x.shape) for x in (q, k))
@@ -200,19 +200,19 @@ def _backward(
 
 
 @_backward.register_fake
-def _(q: Tensor, k: Tensor, E: Tensor, F: Tensor, G: Tensor, *rest: Any) -> Five:
+def _(q: Tensor, k: Tensor, E: Tensor, F: Tensor, G: Tensor, *rest: Any) -> FiveTensors:
     dq, dk, dE, dF, dG = (F.new_empty(x.shape) for x in (q, k, E, F, G))
     return dq, dk, dE, dF, dG
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keep what the tiles are made of."""
+    """Keep the inputs, from which backward computes the tiles again."""
     ctx.save_for_backward(*inputs[:6])
     ctx.options = inputs[6:]
 
 
 def _tiles_again(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    """The tiles once more, without a graph of their own: `first_derivative_only` refuses the second derivative."""
+    """Computes the tiles again, without a graph: `first_derivative_only` refuses the second derivative."""
     inputs = [x.detach() for x in (*ctx.saved_tensors, *grads)]
     with no_autocast(grads[0].device):
         results = _backward(*inputs, *ctx.options, ctx.needs_input_grad[2])

@@ -1,4 +1,4 @@
-"""What the two differentiable operators share: one derivative, not two, and `torch.func.vmap` as a larger batch."""
+"""What the operators share: a first derivative but no second one, and `torch.func.vmap` as a larger batch."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def differentiable(op: Any, setup_context: Callable[..., None], backward: Callab
     return call
 
 
-class Once(Function):
-    """A gradient, tied to its input so that a second derivative is refused instead of taken for 0."""
+class RefuseSecondDerivative(Function):
+    """A gradient, tied to its input so that a second derivative raises an error instead of being 0."""
 
     generate_vmap_rule = True
 
@@ -61,14 +61,14 @@ class Once(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Nothing is kept."""
+        """Keeps no tensors."""
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        """What the backward of a backward pass does."""
+        """Raises: this is the backward pass of a backward pass."""
         raise RuntimeError(
             "the streaming form has no second derivative (create_graph=True, gradient penalties, Hessians): "
-            "use impl='dense', which has"
+            "use impl='dense', which has one"
         )
 
 
@@ -84,23 +84,23 @@ class FirstDerivativeOnly(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        """Keep what the gradient is tied to."""
+        """Keeps the input, to tie the gradient to it."""
         ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Once."""
-        return Once.apply(*grads, *ctx.saved_tensors)
+        """The gradient, whose own derivative is refused."""
+        return RefuseSecondDerivative.apply(*grads, *ctx.saved_tensors)
 
 
 def first_derivative_only(x: Tensor) -> Tensor:
-    """See `FirstDerivativeOnly`."""
+    """`x`, whose gradient refuses to be differentiated."""
     guarded: Tensor = FirstDerivativeOnly.apply(x)
     return guarded
 
 
 def wants_grad(*tensors: Tensor) -> bool:
-    """Whether a gradient may be asked for. A mapped tensor does not say, and a compiler does not say what is mapped."""
+    """Whether a gradient may be needed; True where a mapped tensor or a compiler cannot tell."""
     compiling = torch.compiler.is_compiling()
     return torch.is_grad_enabled() and (compiling or any(x.requires_grad or mapped(x) for x in tensors))
 
@@ -110,7 +110,7 @@ def kernels(*tensors: Tensor) -> bool:
     if not all(x.is_cuda for x in tensors):
         return False
     try:
-        from attncongruence.fast import triton
+        from attncongruence.streaming import low_rank_kernels
     except ImportError:  # PyTorch without Triton, as on Windows
         return False
-    return triton.supported(*tensors)
+    return low_rank_kernels.supported(*tensors)

@@ -8,8 +8,8 @@ Per sample and head, `x = scale A B^T`, `y = scale C D^T`, `P = softmax(x)`, `T 
     dA = scale dx B             dB = scale dx^T A           dC = scale dy D             dD = scale dy^T C
 
 Tiles of x and y are made where they are used and never leave the chip. Inside the kernels logarithms have base 2, and
-d is centred: with `u = log2 P`, `v = log2 T`, `u - v` is d less a constant of its row, which all of the above is blind
-to. Sums are in float32, and no two programs write to one place, so a run repeats bit by bit.
+d is centered: with `u = log2 P`, `v = log2 T`, `u - v` is d less a constant of its row, to which all of the above is
+invariant. Sums are in float32, and no two programs write to one place, so a run repeats bit by bit.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 from triton.language import constexpr
 
-from attncongruence.fast.triton_tiles import INTERPRETED, LN2, LOG2E, NONE, here, product, rounded, settings, tile
-
-Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+from attncongruence.streaming.kernel_tiles import INTERPRETED, LN2, LOG2E, NONE, here, product, rounded, settings, tile
+from attncongruence.streaming.tiles import FiveTensors
 
 
 @triton.jit
@@ -38,7 +37,7 @@ def _sums(m_x, l_x, s_x, m_y, l_y, s_y, a, c, B, D, factor_x, factor_y, columns,
         y = tl.where((columns < count)[None, :], y, NONE)
     top_x = tl.maximum(m_x, tl.max(x, 1))
     top_y = tl.maximum(m_y, tl.max(y, 1))
-    # s_x = sum_j exp(x_j - m_x) (d_j - (m_x - m_y)): a maximum that moves rescales the sum and moves its centre.
+    # s_x = sum_j exp(x_j - m_x) (d_j - (m_x - m_y)): a maximum that moves rescales the sum and moves its center.
     shift = (top_y - m_y) - (top_x - m_x)
     rescale_x = tl.exp2(m_x - top_x)
     rescale_y = tl.exp2(m_y - top_y)
@@ -57,7 +56,7 @@ def _sums(m_x, l_x, s_x, m_y, l_y, s_y, a, c, B, D, factor_x, factor_y, columns,
 def _statistics(A, B, C, D, lengths, factors, statistics, heads, n, scale,
                 WIDTH: constexpr, PADDED: constexpr, ROWS: constexpr, COLUMNS: constexpr,
                 PRECISION: constexpr):  # fmt: skip
-    """`(maps, 4, n)`: log-sum-exp of x and of y, mu and nu (with d centred), of ROWS rows of a map."""
+    """`(maps, 4, n)`: log-sum-exp of x and of y, mu and nu (with d centered), of ROWS rows of a map."""
     index, matrix, count, start, own = here(lengths, heads, n, WIDTH, ROWS)
     other = tl.arange(0, COLUMNS)
     B += matrix
@@ -173,7 +172,9 @@ def _gradients(OWN_1, OWN_2, OTHER_1, OTHER_2, lengths, factors, statistics, out
     tl.store(out_2 + to, sum_2 * (scale * factor_2), mask=inside)
 
 
-def low_rank_kl(A: Tensor, B: Tensor, C: Tensor, D: Tensor, lengths: Tensor, scale: float, with_grad: bool) -> Five:
+def low_rank_kl(
+    A: Tensor, B: Tensor, C: Tensor, D: Tensor, lengths: Tensor, scale: float, with_grad: bool
+) -> FiveTensors:
     """Sum over rows of m-KL(softmax(scale A B^T), softmax(scale C D^T)), Eq. 4, and its gradient.
 
     Products are taken in the dtype of C and D, to which A and B are rounded, and sums in float32.

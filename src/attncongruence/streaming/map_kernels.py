@@ -2,7 +2,7 @@
 """GPU kernels for maps averaged over heads, some rows at a time: T = mean_h softmax(scale q_h k_h^T).
 
 No map of a single head leaves the chip. Sums are in float32, and no two programs write to one place, so a run repeats
-bit by bit. Grouped keys are the caller's to repeat. The way back to q and k is in `triton_map_grad`.
+bit by bit. The caller repeats grouped keys. The gradient kernels are in `map_grad_kernels`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 from triton.language import constexpr
 
-from attncongruence.fast.triton_tiles import LN2, LOG2E, NONE, here, product, settings, tile
+from attncongruence.streaming.kernel_tiles import LN2, LOG2E, NONE, here, product, settings, tile
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Maps worked on a tile at a time, as much as the device's cache holds, and the row divergences of a tile."""
+"""Maps are computed in tiles that fit the device's cache. Here: the tiles, and the row divergences of one."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from attncongruence.divergence import there_and_back, there_and_back_grad
+from attncongruence.divergence import distributed_kl, distributed_kl_grad
 
-Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+FiveTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Target = Literal["softmax", "log", "distributed"]
-"""What FG^T is held against: softmax(T), T itself as a distribution, or T by IAIS's distributed formula."""
+"""What F G^T is compared with: softmax(T), T itself as a distribution, or T by IAIS's distributed formula."""
 # Longer tiles make matrix products no faster (docs/performance.md).
 LONGEST = 512
 
@@ -31,7 +31,7 @@ _CACHE_OF_CPU = _cache_of_cpu()
 
 
 def cache_bytes(device: torch.device) -> int:
-    """What the working set of a tile may fill: half of the last cache level, which all cores share."""
+    """How large the working set of a tile may be: half of the last cache level, which all cores share."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     return _CACHE_OF_CPU
@@ -55,19 +55,19 @@ class Tiles:
         self._space = like.new_empty(buffers, self.together * self.rows * n)
 
     def __iter__(self) -> Iterator[tuple[slice, slice]]:
-        """Which maps, which rows."""
+        """Slices of maps and of rows, one pair for each tile."""
         for first in range(0, self.maps, self.together):
             for start in range(0, self.n, self.rows):
                 yield slice(first, min(first + self.together, self.maps)), slice(start, min(start + self.rows, self.n))
 
     def buffers(self, maps: slice, rows: slice) -> list[Tensor]:
-        """Uninitialised memory for one tile, `(maps, rows, n)`, as often as it was asked for."""
+        """Uninitialized memory for one tile, `(maps, rows, n)`, once for each buffer."""
         shape = maps.stop - maps.start, rows.stop - rows.start, self.n
         return [space[: shape[0] * shape[1] * shape[2]].view(shape) for space in self._space]
 
 
 def groups(lengths: Tensor, n: int) -> Iterator[tuple[slice, int]]:
-    """Samples of one length, next to each other: which samples, how long; samples of length 0 are left out."""
+    """Runs of samples of one length, and that length. Samples of length 0 are left out."""
     counts = lengths.tolist() if lengths.numel() else []
     start = 0
     for i in range(1, len(counts) + 1):
@@ -83,15 +83,15 @@ Work = tuple[Tensor, Tensor, Tensor]
 def divergence(
     x: Tensor, T: Tensor, work: Work, target: Target, epsilon: float, beyond: Tensor | None = None
 ) -> Tensor:
-    """Rows of what `x = F G^T` is held against T by, `(maps, rows, n)` to `(maps, rows)`; x is worked in, T is kept.
+    """Per-row divergence of `x = F G^T` from T, `(maps, rows, n)` to `(maps, rows)`; overwrites x, keeps T.
 
     Args:
-        x: rows of F G^T, and T the same rows of the mean map.
+        x: rows of F G^T; T: the same rows of the head-mean map.
         work: three more tiles.
-        target: by which formula, and with which epsilon.
-        beyond: True at columns that are no sample's own; None: there are none.
+        target: the formula, with its epsilon.
+        beyond: True at columns beyond a sample's own; None: there are none.
     """
-    return there_and_back(x, T, epsilon) if target == "distributed" else m_kl(*_logits(x, T, work, beyond))
+    return distributed_kl(x, T, epsilon) if target == "distributed" else tile_m_kl(*_logits(x, T, work, beyond))
 
 
 def divergence_grad(
@@ -99,10 +99,10 @@ def divergence_grad(
 ) -> tuple[Tensor, Tensor]:
     """Gradient of `divergence`, times `weight`, with respect to x and T."""
     if target == "distributed":
-        dx, dT = there_and_back_grad(x, T, epsilon)
+        dx, dT = distributed_kl_grad(x, T, epsilon)
         return dx.mul_(weight), dT.mul_(weight)
     tiles = _logits(x, T, work, beyond)
-    dx, minus_dT = m_kl_grad(*tiles, m_kl(*tiles))
+    dx, minus_dT = tile_m_kl_grad(*tiles, tile_m_kl(*tiles))
     return dx.mul_(weight), minus_dT.mul_(-weight)
 
 
@@ -116,10 +116,10 @@ def _logits(x: Tensor, T: Tensor, work: Work, beyond: Tensor | None) -> tuple[Te
     return x, y, P, Q
 
 
-def m_kl(x: Tensor, y: Tensor, P: Tensor, T: Tensor) -> Tensor:
-    """Rows of m-KL(softmax(x), softmax(y)), Eq. 4, `(maps, rows, n)` to `(maps, rows)`; no tile but these four.
+def tile_m_kl(x: Tensor, y: Tensor, P: Tensor, T: Tensor) -> Tensor:
+    """Per-row m-KL(softmax(x), softmax(y)), Eq. 4, `(maps, rows, n)` to `(maps, rows)`, in these four tiles alone.
 
-    Afterwards `x` is `d - mu`, `y` is `P - T`, and `P` and `T` are the softmaxes: what `m_kl_grad` wants.
+    Afterwards `x` is `d - mu`, `y` is `P - T`, and `P` and `T` are the softmaxes, which is `tile_m_kl_grad` needs.
     """
     torch.softmax(x, -1, out=P)
     torch.softmax(y, -1, out=T)
@@ -131,8 +131,8 @@ def m_kl(x: Tensor, y: Tensor, P: Tensor, T: Tensor) -> Tensor:
     return rows
 
 
-def m_kl_grad(x: Tensor, y: Tensor, P: Tensor, T: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of the rows' losses, from what `m_kl` left: with respect to x, and minus that with respect to y."""
+def tile_m_kl_grad(x: Tensor, y: Tensor, P: Tensor, T: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of the rows' losses, from what `tile_m_kl` left: with respect to x, and minus that with respect to y."""
     d, difference = x, y
     # dx_j = P_j (d_j - mu) + (P_j - T_j)
     P.mul_(d).add_(difference)

@@ -13,8 +13,8 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 from triton.language import constexpr
 
-from attncongruence.fast.triton_map import ready
-from attncongruence.fast.triton_tiles import LOG2E, NONE, product, rounded, tile
+from attncongruence.streaming.kernel_tiles import LOG2E, NONE, product, rounded, tile
+from attncongruence.streaming.map_kernels import ready
 
 
 @triton.jit

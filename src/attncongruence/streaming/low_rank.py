@@ -1,7 +1,7 @@
 """m-KL of two attention maps that are given by their factors: softmax(A B^T) against softmax(C D^T).
 
-Neither map is ever built. Rows are worked on a tile at a time, and since a loss is a weighted sum of these divergences,
-the gradient of each is computed along with it, from the same tile. Nearest published work: StreamKL (arXiv 2606.20005),
+Neither map is ever built. Rows are computed a tile at a time. Since a loss is a weighted sum of these divergences, the
+gradient of each is computed along with it, from the same tile. Nearest published work: StreamKL (arXiv 2606.20005),
 a fused one-way divergence of attention distributions.
 """
 
@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from attncongruence._compat import mapped
-from attncongruence._precision import at_least_float32
-from attncongruence.fast.ops import batched, differentiable, kernels, wants_grad
-from attncongruence.fast.tiles import Tiles, groups, m_kl, m_kl_grad
-
-Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+from attncongruence._typing import at_least_float32
+from attncongruence.streaming.ops import batched, differentiable, kernels, wants_grad
+from attncongruence.streaming.tiles import FiveTensors, Tiles, groups, tile_m_kl, tile_m_kl_grad
 
 
 def low_rank_kl(A: Tensor, B: Tensor, C: Tensor, D: Tensor, lengths: Tensor, scale: float) -> Tensor:
@@ -41,11 +39,11 @@ def low_rank_kl(A: Tensor, B: Tensor, C: Tensor, D: Tensor, lengths: Tensor, sca
     schema="(Tensor A, Tensor B, Tensor C, Tensor D, Tensor lengths, float scale, bool with_grad)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _tiled(A: Tensor, B: Tensor, C: Tensor, D: Tensor, lengths: Tensor, scale: float, with_grad: bool) -> Five:
+def _tiled(A: Tensor, B: Tensor, C: Tensor, D: Tensor, lengths: Tensor, scale: float, with_grad: bool) -> FiveTensors:
     if kernels(A, B, C, D):
-        from attncongruence.fast import triton
+        from attncongruence.streaming import low_rank_kernels
 
-        return triton.low_rank_kl(A, B, C, D, lengths, scale, with_grad)
+        return low_rank_kernels.low_rank_kl(A, B, C, D, lengths, scale, with_grad)
     factors = [x.contiguous() for x in (A, B, C, D)]
     loss = A.new_zeros(A.shape[:2])
     dA, dB, dC, dD = ((torch.zeros_like(x) if with_grad else x.new_empty(0)) for x in factors)
@@ -59,9 +57,9 @@ def _tiled(A: Tensor, B: Tensor, C: Tensor, D: Tensor, lengths: Tensor, scale: f
             x, y, P, T = tiles.buffers(maps, row)
             torch.baddbmm(x, a[maps, row], b[maps].mT, beta=0, alpha=scale, out=x)
             torch.baddbmm(y, c[maps, row], d[maps].mT, beta=0, alpha=scale, out=y)
-            rows[maps, row] = m_kl(x, y, P, T)
+            rows[maps, row] = tile_m_kl(x, y, P, T)
             if grads:
-                dx, minus_dy = m_kl_grad(x, y, P, T, rows[maps, row])
+                dx, minus_dy = tile_m_kl_grad(x, y, P, T, rows[maps, row])
                 # dA = scale dx B, dB = scale dx^T A, and C, D likewise
                 grads[0][maps, row] = torch.bmm(dx, b[maps])
                 grads[1][maps].baddbmm_(dx.mT, a[maps, row])
@@ -74,14 +72,14 @@ def _tiled(A: Tensor, B: Tensor, C: Tensor, D: Tensor, lengths: Tensor, scale: f
 
 
 @_tiled.register_fake
-def _(A: Tensor, B: Tensor, C: Tensor, D: Tensor, lengths: Tensor, scale: float, with_grad: bool) -> Five:
+def _(A: Tensor, B: Tensor, C: Tensor, D: Tensor, lengths: Tensor, scale: float, with_grad: bool) -> FiveTensors:
     work = at_least_float32(A)
     dA, dB, dC, dD = (work.new_empty(x.shape if with_grad else (0,)) for x in (A, B, C, D))
     return work.new_empty(A.shape[:2]), dA, dB, dC, dD
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Five) -> None:
-    """Each head's gradient came along with its loss."""
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: FiveTensors) -> None:
+    """Keep each head's gradient, which was computed with its loss."""
     ctx.save_for_backward(*output[1:])
     ctx.dtypes = [x.dtype for x in inputs[:4]]
     ctx.mark_non_differentiable(*output[1:])
@@ -90,7 +88,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Five) -> None:
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """One weight for each head and sample."""
+    """Scale each head's gradient by that of its loss."""
     if grads[0] is None:
         return (None,) * 7
     weight = grads[0][..., None, None]

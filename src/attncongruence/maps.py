@@ -1,0 +1,181 @@
+"""From blocks to maps, E, and the projection E VV E^T. `docs/mathematics.md`, "A change of basis".
+
+Everything here is written for the language side. The vision side is the same with L and V exchanged.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attncongruence._typing import at_least_float32
+from attncongruence.blocks import AttentionBlocks, Quadrants, both_modalities, outer
+from attncongruence.conventions import Convention
+
+Masks = Quadrants[Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Maps:
+    """The blocks as one side of a loss sees them, in the convention's form, `(batch, heads or 1, rows, columns)`."""
+
+    LL: Tensor
+    LV: Tensor
+    VL: Tensor
+    VV: Tensor
+    counted: Masks
+    """Which entries count, bool; None: all. LL: between tokens that have a counterpart; VV: pairs that may attend."""
+    scores: Tensor
+    """LL before the convention's form, `(batch, heads, N, N)`."""
+    mask: Tensor | None
+    """Its entries that count, head by head."""
+
+
+def sides(blocks: AttentionBlocks, convention: Convention, direction: str, *, both_ways: bool) -> list[Maps]:
+    """The language side of the blocks, their vision side, or both; each map is made once.
+
+    Args:
+        blocks: 4-D.
+        convention: the form of the maps.
+        direction: `"language"`, `"vision"` or `"both"`.
+        both_ways: whether the language side needs VL too, and the vision side LV.
+    """
+    masks = entries(blocks)
+    language, vision = direction != "vision", direction != "language"
+    empty = blocks.LL.new_empty(0)
+    LL = attention_map(blocks.LL, masks.LL, convention)
+    VV = attention_map(blocks.VV, masks.VV, convention)
+    LV = attention_map(blocks.LV, masks.LV, convention) if language or both_ways else empty
+    VL = attention_map(blocks.VL, masks.VL, convention) if blocks.VL is not None and (vision or both_ways) else empty
+    pairs = blocks.allowed is not None
+    found = []
+    if language:
+        found.append(Maps(LL, LV, VL, VV, counted_entries(masks, convention, pairs), blocks.LL, masks.LL))
+    if vision:
+        found.append(Maps(VV, VL, LV, LL, counted_entries(masks.swap(), convention, pairs), blocks.VV, masks.VV))
+    return found
+
+
+def entries(blocks: AttentionBlocks) -> Masks:
+    """Which entries of each block count, bool, broadcastable to the blocks; None: all of them.
+
+    Padding, pairs that may not attend, and samples without text or without image do not count.
+    """
+    if not blocks._padded and blocks.allowed is None:
+        return Quadrants(None, None, None, None)
+    both = both_modalities(blocks.text_mask, blocks.image_mask)[:, None]
+    text, image = blocks.text_mask & both, blocks.image_mask & both
+    masks = Quadrants(outer(text, text), outer(text, image), outer(image, text), outer(image, image))
+    if blocks.allowed is None:
+        return masks
+    return Quadrants(*(mask & pairs for mask, pairs in zip(masks, blocks.allowed, strict=True)))
+
+
+def counted_entries(masks: Masks, convention: Convention, pairs: bool) -> Masks:
+    """The entries that count for one side; `pairs` says that pairs are left out, and not only tokens."""
+    if masks.LL is None or masks.LV is None:
+        return masks
+    if convention.heads == "mean_map":
+        masks = Quadrants(*(None if mask is None else mask.any(1, keepdim=True) for mask in masks))
+    assert masks.LL is not None
+    assert masks.LV is not None
+    # A token that may attend to no token of the other modality has no counterpart.
+    matched = masks.LV.any(-1)
+    LL = masks.LL & matched[..., :, None] & matched[..., None, :]
+    # Where only tokens are left out, their pairs in VV have no weight in E.
+    return Quadrants(LL, masks.LV, masks.VL, masks.VV if pairs else None)
+
+
+def attention_map(block: Tensor, mask: Tensor | None, convention: Convention) -> Tensor:
+    """A block in the convention's form, `(batch, heads or 1, rows, columns)`; entries that don't count are 0."""
+    block = at_least_float32(block)
+    if convention.blocks == "probabilities":
+        block = fill(block, mask, torch.finfo(block.dtype).min / 2).softmax(-1)
+        if convention.heads == "mean_map" and (mask is None or mask.shape[1] == 1):
+            # With one mask for all heads, rows of padding can be set to 0 after the mean.
+            return fill(block.mean(1, keepdim=True), mask, 0.0)
+    block = fill(block, mask, 0.0)
+    # mean_h softmax(S_h), or the heads as they are
+    return block.mean(1, keepdim=True) if convention.heads == "mean_map" else block
+
+
+def log_attention_map(block: Tensor, mask: Tensor | None, convention: Convention) -> Tensor:
+    """Logarithm of `attention_map` of probabilities, finite also where a probability underflows to 0."""
+    block = at_least_float32(block)
+    floor = torch.finfo(block.dtype).min / 2
+    log_map = fill(fill(block, mask, floor).log_softmax(-1), mask, floor)
+    if convention.heads == "mean_map":
+        # log mean_h exp(log softmax(S_h))
+        log_map = log_map.logsumexp(1, keepdim=True) - math.log(block.shape[1])
+    return log_map
+
+
+def equivalence(LV: Tensor, mask: Tensor | None, convention: Convention) -> Tensor:
+    """E of CACR from a map of text on image, `(batch, heads, N, M)`: a row for each text token."""
+    E = LV
+    if convention.equivalence == "softmax":
+        # E = softmax(LV / tau)
+        E = fill(LV / convention.temperature, mask, torch.finfo(LV.dtype).min / 2).softmax(-1)
+    return E.detach() if convention.detach_equivalence else E
+
+
+def project(E: Tensor, VV: Tensor) -> Tensor:
+    """The vision attention seen in the language basis, `(batch, heads, N, N)`: Eq. 3 and 5, Algorithm 1."""
+    # R = E VV E^T
+    return E @ VV @ E.mT
+
+
+def project_weighted(E: Tensor, VV: Tensor, counted: Masks) -> tuple[Tensor, Tensor | None]:
+    """`project` of raw scores by weights, as the weighted mean over those pairs of VV that may attend.
+
+    Softmax is invariant to row shifts, and this mean shall be, too: from each score it takes the log-sum-exp of its
+    row. Where all pairs may attend, that cancels.
+
+    Returns:
+        R, `(batch, heads, N, N)`, and which of its entries count: those with any weight on pairs that may attend.
+    """
+    if counted.VV is None:
+        return project(E, VV), counted.LL
+    floor = torch.finfo(VV.dtype).min / 2
+    log_map = fill(fill(VV, counted.VV, floor).log_softmax(-1), counted.VV, 0.0)
+    # R[i, j] = sum_kp E[i, k] E[j, p] log sigma(VV)[k, p] / sum_kp E[i, k] E[j, p], over the pairs (k, p) allowed
+    weight = project(E, counted.VV.to(E.dtype))
+    some = weight > 0
+    R = fill(project(E, log_map), some, 0.0) / fill(weight, some, 1.0)
+    return R, some if counted.LL is None else counted.LL & some
+
+
+def project_singular(LV: Tensor, VV: Tensor, counted: Masks) -> tuple[Tensor, Tensor | None]:
+    """`project` for E = one_hot(argmax LV), by a gather: IAIS's singular alignment.
+
+    Returns:
+        R, `(batch, heads, N, N)`, and which of its entries count: those whose image pair may attend.
+    """
+    best, index = fill(LV, counted.LV, -torch.inf).detach().max(-1)
+    # R[i, j] = VV[argmax_k LV[i, k], argmax_p LV[j, p]]
+    R, compared = _pick(VV, index), counted.LL
+    if counted.LL is not None and counted.VV is not None:
+        compared = counted.LL & _pick(counted.VV.expand(*R.shape[:2], *VV.shape[-2:]), index)
+    if counted.LV is not None:
+        best = fill(best, counted.LV.any(-1), 0.0)
+    # A NaN in LV has no argmax, and one in VV may not be picked: neither may get lost.
+    nan_or_0 = 0 * best[..., None] + 0 * VV.detach().amax((-2, -1), keepdim=True)
+    return R + nan_or_0, compared
+
+
+def _pick(x: Tensor, index: Tensor) -> Tensor:
+    rows = x.gather(-2, index[..., :, None].expand(-1, -1, -1, x.shape[-1]))
+    return rows.gather(-1, index[..., None, :].expand(-1, -1, index.shape[-1], -1))
+
+
+def fill(x: Tensor, mask: Tensor | None, value: float) -> Tensor:
+    """`x` where the mask holds, the value elsewhere: NaN and infinities there pass on neither value nor gradient."""
+    return x if mask is None else x.masked_fill(~mask, value)
+
+
+def zero_losses(x: Tensor) -> Tensor:
+    """`(batch,)` losses of samples without entries, from a 4-D tensor: exactly 0, with a gradient of exactly 0."""
+    return at_least_float32(x)[..., :0].sum((1, 2, 3))

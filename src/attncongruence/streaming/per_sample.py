@@ -1,0 +1,137 @@
+"""The losses from queries and keys: E VV E^T = scale (E Q_V) (E K_V)^T, so that VV need not exist.
+
+On raw scores both sides of the m-KL are maps of low rank, made of cross-modally pooled queries and keys. On
+probabilities, whose map is a mean over heads, the larger modality's map is made a tile at a time.
+What is particular to one loss stands in `forms.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from attncongruence._typing import Direction, at_least_float32, no_autocast
+from attncongruence.blocks import Located, both_modalities, take
+from attncongruence.conventions import Convention
+from attncongruence.maps import zero_losses
+from attncongruence.streaming.forms import Form, Modality, Small
+from attncongruence.streaming.low_rank import low_rank_kl
+from attncongruence.streaming.mean_map import mean_map
+from attncongruence.streaming.ops import first_derivative_only, kernels
+from attncongruence.streaming.tiles import cache_bytes
+
+SHORTEST = 256
+"""Tokens of the larger modality from which the streaming form can be faster than the dense one."""
+
+
+def pays(query: Tensor, longest: tuple[int, int], convention: Convention) -> bool:
+    """The rule of `impl="auto"`: whether the streaming form is faster than the dense one (docs/performance.md).
+
+    It is where one modality has at least 256 tokens and its map, of all heads and samples, fills the last cache level
+    (twice `cache_bytes`); on raw scores, of which the dense form makes more copies, an eighth of it.
+    """
+    batch, heads = query.shape[:2]
+    whole_map = batch * heads * max(longest) ** 2 * max(query.element_size(), 4)
+    room = cache_bytes(query.device) // 4 if convention.blocks == "scores" else 2 * cache_bytes(query.device)
+    return max(longest) >= SHORTEST and whole_map > room
+
+
+def per_sample(source: Any, where: Located, form: Form, convention: Convention, direction: Direction) -> Tensor:
+    """The loss of each sample, `(batch,)`: the same value and gradient as the dense form's.
+
+    Args:
+        source: a `ScoreSource` with query and key.
+        where: where its tokens are; no pairs of them are left out.
+        form: of the loss.
+        convention: and direction, as in `cacr_loss`.
+    """
+    query, key, scale = source.query, source.key, source.scale
+    with no_autocast(query.device):
+        text, image = _modalities(query, key, where)
+        heads = query.shape[1]
+        if not text.q.shape[2] or not image.q.shape[2] or not text.q.shape[0]:
+            return zero_losses(query) + zero_losses(key)
+        if convention.blocks == "scores":
+            if convention.heads == "mean_map":
+                # mean_h scale q_h k_h^T: one head, with the heads' widths side by side
+                text, image, scale = _side_by_side(text), _side_by_side(image), scale / heads
+            sides = {"language": [(text, image)], "vision": [(image, text)], "both": [(text, image), (image, text)]}
+            losses = [_on_scores(own, other, scale, form, convention) for own, other in sides[direction]]
+            return losses[0] if len(losses) == 1 else losses[0] + losses[1]
+        if convention.heads == "mean_loss":
+            text, image = _heads_as_samples(text), _heads_as_samples(image)
+        if text.q.shape[2] > image.q.shape[2]:
+            # The larger modality's map is the one that is never built.
+            text, image, direction = image, text, _OTHER_WAY[direction]
+        loss = _on_probabilities(Small(text, image, scale, convention), form, direction)
+        return loss.view(-1, heads).mean(1) if convention.heads == "mean_loss" else loss
+
+
+_OTHER_WAY: dict[Direction, Direction] = {"language": "vision", "vision": "language", "both": "both"}
+
+
+def _modalities(query: Tensor, key: Tensor, where: Located) -> tuple[Modality, Modality]:
+    """Queries and keys of text and of image."""
+    both = both_modalities(where.text, where.image)
+    places = where.spans if where.spans is not None and not where.padded else where.positions()
+    q, k = first_derivative_only(query), first_derivative_only(key)
+    if not kernels(q, k):
+        q, k = at_least_float32(q), at_least_float32(k)
+    (q_text, q_image), (k_text, k_image) = take(q, places, -2), take(k, places, -2)
+    text = Modality(q_text, k_text, where.text.sum(-1) * both, where.padded)
+    image = Modality(q_image, k_image, where.image.sum(-1) * both, where.padded)
+    return _without_padding(text), _without_padding(image)
+
+
+def _without_padding(x: Modality) -> Modality:
+    """Zeros beyond a sample's own tokens, so that nothing there, NaN included, can pass on."""
+    if x.token_mask is None:
+        return x
+    hidden = ~x.token_mask[:, None, :, None]
+    return Modality(x.q.masked_fill(hidden, 0.0), x.k.masked_fill(hidden, 0.0), x.lengths, x.padded)
+
+
+def _side_by_side(x: Modality) -> Modality:
+    q, k = (rearrange(t, "batch heads n width -> batch 1 n (heads width)") for t in (x.q, x.k))
+    return Modality(q, k, x.lengths, x.padded)
+
+
+def _heads_as_samples(x: Modality) -> Modality:
+    q, k = (rearrange(t, "batch heads n width -> (batch heads) 1 n width") for t in (x.q, x.k))
+    return Modality(q, k, x.lengths.repeat_interleave(x.q.shape[1], output_size=q.shape[0]), x.padded)
+
+
+def _each_row(loss: Tensor, own: Modality, convention: Convention) -> Tensor:
+    """Sums over rows, `(batch, ...)`, as the convention counts rows."""
+    if convention.rows == "sum":
+        return loss
+    return loss / own.lengths.clamp(min=1).view(-1, *[1] * (loss.dim() - 1))
+
+
+def _on_scores(own: Modality, other: Modality, scale: float, form: Form, convention: Convention) -> Tensor:
+    """m-KL(sigma(E VV E^T), sigma(LL)) of one side, both maps by their factors."""
+    pooled_q, pooled_k = form.pooled(own, other, scale, convention)
+    # E VV E^T = scale (E Q_V) (E K_V)^T
+    rows = low_rank_kl(pooled_q, pooled_k, own.q, own.k, own.lengths, scale)
+    return _each_row(rows, own, convention).mean(1)
+
+
+def _on_probabilities(small: Small, form: Form, direction: Direction) -> Tensor:
+    """One side or both, where all blocks but VV are small enough to be built; `mean_map` replaces VV."""
+    language, vision = direction != "vision", direction != "language"
+    text, image, convention = small.text, small.image, small.convention
+    with torch.set_grad_enabled(form.through_equivalence(convention) and torch.is_grad_enabled()):
+        small.build_cross_maps()
+    # What is asked of VV: E VV E^T, and the rows of FG^T against its own.
+    E = form.projection(small) if language else None
+    F, G = form.factors(small) if vision else (None, None)
+    R, of_image = mean_map(
+        image.q, image.k, E, F, G, image.lengths, small.scale, form.target(convention), convention.epsilon
+    )
+    loss = _each_row(of_image, image, convention)
+    if language:
+        loss = loss + _each_row(form.rows(small, R[:, None]).sum((1, 2)), text, convention)
+    return loss
