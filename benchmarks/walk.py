@@ -92,7 +92,7 @@ def walks() -> dict[str, Any]:
     with capture_attention(model) as capture:
         record = _captured(capture, model, tokens)
         found = {
-            "dense": _traced(package, lambda: cacr_loss(record(), 5, impl="dense")),
+            "dense": _traced(package, lambda: cacr_loss(record(), 5)),
             "streaming": _traced(package, lambda: cacr_loss(record(), 5, impl="streaming")),
             "capture": _traced(package, lambda: model(tokens)),
         }

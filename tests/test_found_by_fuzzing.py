@@ -55,9 +55,9 @@ def test_ids_are_compared_in_64_bits(dtype, wrapped, wanted):
 @pytest.mark.parametrize("wanted", [2**63, -(2**63) - 1, 2**70])
 def test_an_id_beyond_64_bits_is_refused(wanted):
     ids = torch.tensor([[0, 1]])
-    with pytest.raises(ValueError, match=rf"image_token_id={wanted} is no id"):
+    with pytest.raises(ValueError, match=rf"image_token_id={wanted} is not an id"):
         TokenLayout.from_input_ids(ids, wanted)
-    with pytest.raises(ValueError, match=rf"image_type={wanted} is no id"):
+    with pytest.raises(ValueError, match=rf"image_type={wanted} is not an id"):
         TokenLayout.from_token_type_ids(ids, image_type=wanted)
 
 

@@ -476,7 +476,7 @@ MASK = torch.ones(2, 6, dtype=torch.bool)
             (S, 3),
             {"mask": MASK.to("meta")},
             ValueError,
-            "all tensors must be on one device, got S on cpu, mask on meta",
+            "all tensors must be on one device, got attention on cpu, mask on meta",
         ),
         ((S, torch.tensor([3, 3]).to("meta")), {}, ValueError, "n_text on meta"),
     ],

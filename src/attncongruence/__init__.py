@@ -21,8 +21,9 @@ from attncongruence.capture import AttentionCapture, CapturedAttention, capture_
 from attncongruence.conventions import CONVENTIONS, PRINTED, RELEASED, WEIGHTED_MEAN, Convention
 from attncongruence.divergence import symmetric_kl
 from attncongruence.layout import TokenLayout
-from attncongruence.losses import CACRLoss, IAISLoss, cacr_loss, iais_loss
+from attncongruence.losses import cacr_loss, iais_loss
 from attncongruence.metrics import WinogroundScores, argmax_entropy, attention_distance, recall_at_k, winoground_scores
+from attncongruence.modules import CACRLoss, IAISLoss
 from attncongruence.reference import hard_equivalence_loop, soft_equivalence_loop
 from attncongruence.sources import QueryKey, ScoreSource
 from attncongruence.training.regularize import LossParts, Regularizer, regularize

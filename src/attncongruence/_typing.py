@@ -9,7 +9,7 @@ import numbers
 import re
 import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Literal, ParamSpec, Protocol, TypeVar
 
 import torch
 from beartype import beartype
@@ -58,6 +58,13 @@ REMEDIES = {
 """What to do about a wrong shape or dtype, by the argument that has it."""
 
 
+class HasDevice(Protocol):
+    """A tensor, or what gives scores."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+
 def checked(function: Callable[P, T]) -> Callable[P, T]:
     """Check the shapes and dtypes of a function's arguments at each call, and raise a ValueError of one line.
 
@@ -99,11 +106,9 @@ def _one_line(error: str) -> str:
     name, came, expected = found.groups()
     others = re.findall(r"'(\w+)': (\w+\[[\d,]*\])\(torch\)", error)
     beside = ", ".join(f"{other} {shape}" for other, shape in others if other != name)
-    expected = re.sub(r"Annotated\[Any, .*?\)\]\]", "ScoreSource", expected)
-    expected = re.sub(r"typing\.Union\[(.*)\]", lambda union: union[1].replace("], ", "] | "), expected)
     expected = re.sub(r"\b(jaxtyping|attncongruence(\.\w+)*)\.", "", expected)
     expected = re.sub(r"<class '(.*)'>", r"\1", expected)
-    expected = expected.replace("numbers.Integral", "int").replace("AttentionBlocks, ", "AttentionBlocks | ")
+    expected = re.sub(r"\bSource\b", "ScoreSource", expected).replace("numbers.Integral", "int")
     line = f"{name} is {came.removesuffix('(torch)')}; expected {expected}" + (f", beside {beside}" if beside else "")
     return f"{line}: {REMEDIES[name]}" if name in REMEDIES else line
 
@@ -145,12 +150,12 @@ def number(name: str, value: object) -> None:
 
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise a ValueError that names the argument, what came and what is allowed."""
-    if value not in allowed:
+    if not (isinstance(value, str) and value in allowed):
         words = ", ".join(repr(word) for word in allowed)
         raise ValueError(f"{name}={value!r} is not known: it must be one of {words}")
 
 
-def same_device(**tensors: torch.Tensor | None) -> None:
+def same_device(**tensors: HasDevice | None) -> None:
     """Raise a ValueError unless all the named tensors live on one device."""
     devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     if len(set(devices.values())) > 1:

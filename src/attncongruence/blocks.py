@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from attncongruence._typing import REMEDIES, Count, checked, readable, same_device
-from attncongruence.layout import Span, TokenLayout, TokenMask, boundary_error
+from attncongruence.layout import Mask, Span, TokenLayout, as_layout, as_pairs, boundary_error, check_mask, joined
 from attncongruence.sources import Source
 
 T = TypeVar("T")
@@ -18,9 +18,6 @@ Places = tuple[Span, Span] | tuple[Tensor, Tensor]
 """Of text and of image: a span of positions, or each sample's own positions `(batch, longest)`."""
 
 Scores = Float[Tensor, "batch heads length length"] | Float[Tensor, "batch length length"]
-PairMask = Bool[Tensor, "#batch #heads #length #length"] | Bool[Tensor, "batch length length"]
-Mask = TokenMask | PairMask
-"""Which tokens are real, `(batch, length)`, or which pairs may attend, `(batch, heads, length, length)`."""
 NText = Count | Integer[Tensor, " batch"] | TokenLayout
 """Where the tokens are: the number of text tokens, which come first, for all samples or for each; or a layout."""
 
@@ -113,10 +110,10 @@ class AttentionBlocks:
             >>> AttentionBlocks.from_streams(LL=S(1, 2, 2), LV=S(1, 2, 3), VV=S(1, 3, 3)).image_mask.shape
             torch.Size([1, 3])
         """
-        given = [None if x is None else x if isinstance(x, Tensor) else (x.scores, x.allowed) for x in (LL, LV, VL, VV)]
-        scores = [x[0] if isinstance(x, tuple) else x for x in given]
-        pairs = [x[1] if isinstance(x, tuple) else None for x in given]
-        return _join(*scores, text_mask, image_mask, *pairs)  # type: ignore[arg-type]
+        scores, pairs = zip(
+            *((x.scores, x.allowed) if hasattr(type(x), "scores") else (x, None) for x in (LL, LV, VL, VV)), strict=True
+        )
+        return _join(*scores, text_mask, image_mask, *pairs)
 
 
 Attention = Scores | AttentionBlocks | Source
@@ -179,12 +176,26 @@ class Located:
         return text[:, : self.longest[0]], image[:, : self.longest[1]]
 
 
-def locate(x: Tensor | Source, n_text: NText, mask: Tensor | None, *, pairs_known: bool = False) -> Located:
-    """Reads a boundary or layout and a mask once, for scores `(batch, [heads,] length, length)`.
+def locate(
+    x: Tensor | Source, n_text: NText | None, mask: Tensor | None = None, source: Source | None = None
+) -> Located:
+    """Reads a boundary or layout and the masks once.
 
-    A mask of pairs whose values must be looked at costs one synchronization: whether it says more than which tokens are
-    real, and whether any text may attend to any image and any image to any text. `pairs_known` says that it does.
+    Where the values of a mask of pairs must be looked at, that costs one synchronization for three questions: whether
+    it says more than which tokens are real, and whether any text may attend to any image, and any image to any text.
+
+    Args:
+        x: scores, `(batch, [heads,] length, length)`, or anything with their shape and device.
+        n_text: where the tokens are.
+        mask: the caller's own.
+        source: whose own mask counts too.
     """
+    if n_text is None:
+        raise ValueError("n_text is missing: pass the number of text tokens (int or tensor) or a TokenLayout")
+    pairs_known, allowed = False, None if source is None else source.allowed
+    if allowed is not None:
+        assert source is not None
+        pairs_known, mask = source.has_pair_mask, joined(allowed, mask)
     shape = x.shape
     batch, heads, length = shape[0], shape[1] if len(shape) == 4 else 0, shape[-1]
     if shape[-2] != length:
@@ -192,7 +203,7 @@ def locate(x: Tensor | Source, n_text: NText, mask: Tensor | None, *, pairs_know
     tensor = n_text.text if isinstance(n_text, TokenLayout) else n_text if isinstance(n_text, Tensor) else None
     pairs = tokens = None
     if mask is not None or tensor is not None:
-        same_device(S=x, mask=mask, n_text=tensor)
+        same_device(attention=x, mask=mask, n_text=tensor)
     if mask is not None:
         pairs = as_pairs(mask)
         if not heads and len(shape) == 3 and pairs.shape[1] > 1:
@@ -200,7 +211,7 @@ def locate(x: Tensor | Source, n_text: NText, mask: Tensor | None, *, pairs_know
                 f"the mask is for {pairs.shape[1]} heads, and the scores {tuple(shape)} have none: "
                 "pass scores (batch, heads, length, length), or a mask (batch, length, length)"
             )
-        _check_mask(mask, (batch, heads, length, length))
+        check_mask(mask, (batch, heads, length, length))
         tokens = pairs.any(1).any(1).expand(-1, length)
         one_row = all(pairs.shape[dim] == 1 or pairs.stride(dim) == 0 for dim in (1, 2))
         pairs = None if one_row else pairs.expand(batch, -1, length, length)
@@ -215,7 +226,7 @@ def locate(x: Tensor | Source, n_text: NText, mask: Tensor | None, *, pairs_know
         spans = (0, boundary), (boundary, length)
         where = Located(text, image, (boundary, length - boundary), spans, tokens is not None)
     else:
-        layout = _layout(n_text, tokens, batch, length)
+        layout = as_layout(n_text, tokens, batch, length)  # type: ignore[arg-type]
         text, image = layout.text.expand(batch, length), layout.image.expand(batch, length)
         where = Located(text, image, (layout.max_text, layout.max_image), layout._extent.spans, True)
     return where if pairs is None else _with_pairs(where, pairs, pairs_known)
@@ -253,20 +264,6 @@ def _gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
     return x.gather(dim, index.view(shape).expand(wide))
 
 
-def as_pairs(mask: Tensor) -> Tensor:
-    """A mask of tokens or pairs as `(batch, heads, queries, keys)`."""
-    mask = mask.bool()
-    return mask[:, None, None] if mask.dim() == 2 else mask[:, None] if mask.dim() == 3 else mask
-
-
-def joined(allowed: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """A layer's own pairs and the caller's mask: an entry counts where both allow it."""
-    if allowed is None or mask is None:
-        return mask if allowed is None else allowed
-    _check_mask(mask, tuple(size if size > 1 else 0 for size in allowed.shape))
-    return allowed & as_pairs(mask)
-
-
 def both_modalities(text: Tensor, image: Tensor) -> Tensor:
     """`(batch,)`: samples with at least one token of each modality."""
     return text.any(-1) & image.any(-1)
@@ -298,32 +295,6 @@ def _with_pairs(where: Located, pairs: Tensor, pairs_known: bool) -> Located:
             return where
         sees = (LV, VL) if some else (True, True)
     return replace(where, allowed=allowed, sees=sees)
-
-
-def _check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
-    """A ValueError unless a mask can be broadcast to `(batch, heads, length, length)`; 0: any size will do."""
-    own = as_pairs(mask).shape
-    if any(size and mine not in (1, size) for mine, size in zip(own, shape, strict=True)):
-        batch, heads, _, length = (size or "any" for size in shape)
-        raise ValueError(
-            f"the mask has shape {tuple(mask.shape)}, and the attention batch {batch}, heads {heads}, length {length}: "
-            f"{REMEDIES['mask']} A captured layer carries the padding that the model was given: leave the mask out."
-        )
-
-
-def _layout(n_text: NText, tokens: Tensor | None, batch: int, length: int) -> TokenLayout:
-    """The layout of real tokens, checked against the scores."""
-    if isinstance(n_text, Tensor):
-        return TokenLayout.from_n_text(n_text, length, None if tokens is None else tokens.expand(batch, length))
-    assert isinstance(n_text, TokenLayout)
-    if n_text.text.shape[0] not in (1, batch) or n_text.text.shape[1] != length:
-        raise ValueError(
-            f"the layout is for (batch, length) = {tuple(n_text.text.shape)}, the scores have {(batch, length)}: "
-            "make it for the joint sequence that the layer attends over"
-        )
-    if tokens is None:
-        return n_text
-    return TokenLayout(n_text.text & tokens, n_text.image & tokens, _extent=n_text._extent)
 
 
 @checked

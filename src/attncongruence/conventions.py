@@ -93,9 +93,9 @@ def as_convention(convention: ConventionLike) -> Convention:
     """The convention itself, or the one with this name.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: anything else.
     """
-    if isinstance(convention, str):
-        one_of("convention", convention, tuple(CONVENTIONS))
-        return CONVENTIONS[convention]
-    return convention
+    if isinstance(convention, Convention):
+        return convention
+    one_of("convention", convention, tuple(CONVENTIONS))
+    return CONVENTIONS[convention]

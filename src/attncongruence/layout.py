@@ -10,10 +10,14 @@ import torch
 from jaxtyping import Bool, Integer
 from torch import Tensor
 
-from attncongruence._typing import Count, checked, readable, same_device
+from attncongruence._typing import REMEDIES, Count, checked, readable, same_device
 
 TokenMask = Bool[Tensor, "batch length"] | Integer[Tensor, "batch length"]
 """A token mask as tokenizers return it: bool, or int with 0 for padding."""
+
+PairMask = Bool[Tensor, "#batch #heads #length #length"] | Bool[Tensor, "batch length length"]
+Mask = TokenMask | PairMask
+"""Which tokens are real, `(batch, length)`, or which pairs may attend, `(batch, heads, length, length)`."""
 
 Span = tuple[int, int]
 """The first position, and one past the last."""
@@ -248,3 +252,42 @@ def _reach(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _same_shape(text: Bool[Tensor, "batch length"], image: Bool[Tensor, "batch length"]) -> None:
     """Check that both masks have one shape and are on one device."""
     same_device(text=text, image=image)
+
+
+def as_layout(n_text: Tensor | TokenLayout, tokens: Tensor | None, batch: int, length: int) -> TokenLayout:
+    """The layout of real tokens, checked against the scores."""
+    if isinstance(n_text, Tensor):
+        return TokenLayout.from_n_text(n_text, length, None if tokens is None else tokens.expand(batch, length))
+    if n_text.text.shape[0] not in (1, batch) or n_text.text.shape[1] != length:
+        raise ValueError(
+            f"the layout is for (batch, length) = {tuple(n_text.text.shape)}, the scores have {(batch, length)}: "
+            "make it for the joint sequence that the layer attends over"
+        )
+    if tokens is None:
+        return n_text
+    return TokenLayout(n_text.text & tokens, n_text.image & tokens, _extent=n_text._extent)
+
+
+def as_pairs(mask: Tensor) -> Tensor:
+    """A mask of tokens or pairs as `(batch, heads, queries, keys)`."""
+    mask = mask.bool()
+    return mask[:, None, None] if mask.dim() == 2 else mask[:, None] if mask.dim() == 3 else mask
+
+
+def joined(allowed: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """A layer's own pairs and the caller's mask: an entry counts where both allow it."""
+    if allowed is None or mask is None:
+        return mask if allowed is None else allowed
+    check_mask(mask, tuple(size if size > 1 else 0 for size in allowed.shape))
+    return allowed & as_pairs(mask)
+
+
+def check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
+    """A ValueError unless a mask can be broadcast to `(batch, heads, length, length)`; 0: any size will do."""
+    own = as_pairs(mask).shape
+    if any(size and mine not in (1, size) for mine, size in zip(own, shape, strict=True)):
+        batch, heads, _, length = (size or "any" for size in shape)
+        raise ValueError(
+            f"the mask has shape {tuple(mask.shape)}, and the attention batch {batch}, heads {heads}, length {length}: "
+            f"{REMEDIES['mask']} A captured layer carries the padding that the model was given: leave the mask out."
+        )

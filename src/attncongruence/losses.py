@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from attncongruence._typing import (
     Alignment,
@@ -27,16 +27,14 @@ from attncongruence.blocks import (
     Attention,
     AttentionBlocks,
     Located,
-    Mask,
     NText,
-    both_modalities,
     cut,
-    joined,
     locate,
     which_see,
 )
 from attncongruence.conventions import RELEASED, Convention, ConventionLike, as_convention
 from attncongruence.divergence import distributed_kl, m_kl
+from attncongruence.layout import Mask
 from attncongruence.maps import (
     Maps,
     equivalence,
@@ -47,9 +45,8 @@ from attncongruence.maps import (
     sides,
     zero_losses,
 )
-from attncongruence.sources import Source
 from attncongruence.streaming import forms, per_sample
-from attncongruence.streaming.per_sample import SHORTEST
+from attncongruence.streaming.per_sample import SHORTEST, streaming_or_dense
 
 DIRECTIONS, REDUCTIONS, IMPLS = ("both", "language", "vision"), ("mean", "sum", "none"), ("auto", "dense", "streaming")
 
@@ -67,10 +64,10 @@ def cacr_loss(
 ) -> Float[Tensor, "..."]:
     r"""Cross-modal attention congruence: m-KL(sigma(E VV E^T), sigma(LL)), and likewise for vision (Eq. 3, 5).
 
-    E, the text-to-image attention, is a change of basis: it carries the attention among image tokens over to the text
-    tokens, where m-KL compares it with the attention among text tokens. The default convention, `RELEASED`, is what the
-    authors ran, and nearly flat, since it takes the softmax of probabilities; `WEIGHTED_MEAN` takes a weighted mean of
-    scores instead, which has a larger loss and gradient (`docs/conventions.md`).
+    E, the text-to-image attention, carries the attention among image tokens over to the text tokens (a change of
+    basis), where m-KL compares it with theirs. The default, `RELEASED`, is what the authors ran, and nearly flat, since
+    it takes the softmax of probabilities; `WEIGHTED_MEAN` takes a weighted mean of scores instead, whose loss and
+    gradient are larger (`docs/conventions.md`).
 
     Args:
         attention: one layer's pre-softmax scores, `(batch, heads, length, length)` or `(batch, length, length)`, a
@@ -89,9 +86,9 @@ def cacr_loss(
 
     Returns:
         The loss in nats, >= 0: a scalar, or `(batch,)` for `"none"`. A sample without text or without image is exactly
-        0, has no gradient and is not counted in the mean. A sample in which no pair may attend is 0 and counted. Pairs
-        that may not attend are left out of softmaxes, sums and weighted means (`docs/mathematics.md`). Half precision
-        is computed in float32, also under autocast (call backward outside of autocast, as PyTorch advises).
+        0, without gradient, and not counted in the mean; one in which no pair may attend is 0 and counted. Pairs that
+        may not attend are left out of softmaxes, sums and weighted means (`docs/mathematics.md`). Half precision is
+        computed in float32, also under autocast (call backward outside of autocast, as PyTorch advises).
 
         Synchronizations with the device: none for an int boundary, a `TokenLayout` and a token mask; one for a
         `(batch,)` boundary; one for a mask of pairs. A captured layer of 256 positions or more whose mask is added to
@@ -245,9 +242,11 @@ def evaluate(
 ) -> Tensor:
     """A loss over the batch: reads the input once, computes each sample's loss, reduces. Arguments as `cacr_loss`."""
     convention = check_options(loss, convention, direction, reduction, impl)
-    where = None if isinstance(attention, AttentionBlocks) else read(attention, n_text, mask)
-    may_stream = impl == "streaming" or (impl == "auto" and where is not None and max(where.longest) >= SHORTEST)
-    if may_stream and _streams(loss, attention, where, convention, impl):
+    where, streams = None, False
+    given = isinstance(attention, (Tensor, AttentionBlocks))  # torch.compile of torch 2.6 cannot trace A | B here
+    if impl == "streaming" or (impl == "auto" and not given and attention.shape[-1] >= SHORTEST):  # type: ignore[union-attr]
+        where, streams = streaming_or_dense(loss.name, loss.streaming, attention, n_text, mask, convention, impl)
+    if streams:
         assert where is not None
         assert loss.streaming is not None
         text, image = where.text, where.image
@@ -258,7 +257,7 @@ def evaluate(
         losses = _dense(loss, blocks, convention, direction)
     if reduction == "none":
         return losses
-    return losses.sum() if reduction == "sum" else losses.sum() / both_modalities(text, image).sum().clamp(min=1)
+    return losses.sum() if reduction == "sum" else losses.sum() / (text.any(-1) & image.any(-1)).sum().clamp(min=1)
 
 
 def check_options(
@@ -279,14 +278,6 @@ def check_options(
     return convention
 
 
-def read(attention: Tensor | Source, n_text: NText | None, mask: Tensor | None) -> Located:
-    """Where the tokens are, and which pairs of them may attend."""
-    if n_text is None:
-        raise ValueError("n_text is missing: pass the number of text tokens (int or tensor) or a TokenLayout")
-    allowed = None if isinstance(attention, Tensor) else attention.allowed
-    return locate(attention, n_text, joined(allowed, mask), pairs_known=allowed is not None and attention.has_pair_mask)
-
-
 def read_blocks(
     loss: CongruenceLoss,
     attention: Attention,
@@ -302,16 +293,18 @@ def read_blocks(
             raise ValueError("AttentionBlocks carry their own boundary and masks: leave n_text and mask out")
         blocks = attention if attention.LL.dim() == 4 else attention.with_heads()
     else:
-        where = read(attention, n_text, mask) if where is None else where
-        S = attention if isinstance(attention, Tensor) else attention.scores
+        S, source = (attention, None) if isinstance(attention, Tensor) else (attention.scores, attention)
+        where = locate(S, n_text, mask, source) if where is None else where
         blocks = cut(S if S.dim() == 4 else S[:, None], where)
-    cross = loss.needs if direction == "language" else tuple(name[::-1] for name in loss.needs)
+    cross = set(loss.needs) if direction == "language" else set(map(_SWAPPED.__getitem__, loss.needs))
     if direction == "both":
-        cross = ("LV", "VL")
-    for name in cross:
-        if getattr(blocks, name) is None:
+        cross |= set(loss.needs)
+    heads = []
+    for name in ("LL", "VV", *sorted(cross)):
+        block = getattr(blocks, name)
+        if block is None:
             raise ValueError(f"these blocks have no {name}, which this loss and direction need: {_REMEDY[name]}")
-    heads = [getattr(blocks, name).shape[1] for name in ("LL", "VV", *cross)]
+        heads.append(block.shape[1])
     if 0 in heads:
         raise ValueError("the attention has 0 heads: a loss is a mean over heads and needs at least one")
     if convention.heads == "mean_loss" and min(heads) < max(heads):
@@ -324,7 +317,7 @@ def read_blocks(
     return blocks
 
 
-def _check_seen(blocks: AttentionBlocks, cross: tuple[str, ...]) -> None:
+def _check_seen(blocks: AttentionBlocks, cross: set[str]) -> None:
     """A ValueError where the model's mask hides a whole block, as that of a causal decoder does."""
     assert blocks.allowed is not None
     sees = blocks._sees
@@ -339,36 +332,11 @@ def _check_seen(blocks: AttentionBlocks, cross: tuple[str, ...]) -> None:
             )
 
 
+_SWAPPED = {"LV": "VL", "VL": "LV"}
 _REMEDY = {
     "LV": "text tokens must see image tokens; direction='vision' of cacr_loss or of singular alignment does without",
     "VL": "image tokens must see text tokens; direction='language' of cacr_loss or of singular alignment does without",
 }
-
-
-def _streams(
-    loss: CongruenceLoss, attention: Attention, where: Located | None, convention: Convention, impl: Impl
-) -> bool:
-    """Whether to use the streaming form; a ValueError where it was asked for and can't be used."""
-    why = ""
-    if loss.streaming is None:
-        why = f"the loss {loss.name!r} has no streaming form"
-    elif isinstance(attention, AttentionBlocks):
-        why = "AttentionBlocks hold scores, not queries and keys, and two streams have no streaming form"
-    elif isinstance(attention, Tensor):
-        why = "it was given scores, not queries and keys"
-    elif where is not None and where.allowed is not None:
-        why = "a mask says which pairs may attend (causal attention, for instance)"
-    elif attention.query is None:
-        why = "this layer's scores are not scale query key^T: its model adds a bias, caps or shifts them"
-    elif where is not None:
-        return impl == "streaming" or per_sample.pays(attention.query, where.longest, convention)
-    if impl == "auto":
-        return False
-    other = ", or pass a captured layer or QueryKey(query, key) without a mask of pairs"
-    raise ValueError(
-        f"impl='streaming' can't be used here, {why}: use impl='auto', which then takes the dense form"
-        + ("" if isinstance(attention, AttentionBlocks) or loss.streaming is None else other)
-    )
 
 
 def _dense(loss: CongruenceLoss, blocks: AttentionBlocks, convention: Convention, direction: str) -> Tensor:
@@ -386,74 +354,3 @@ def _dense(loss: CongruenceLoss, blocks: AttentionBlocks, convention: Convention
             losses = per_head.mean(1) if losses is None else losses + per_head.mean(1)
     assert losses is not None
     return losses
-
-
-class _LossModule(nn.Module):
-    """What the losses as modules share: their options, and how they print them."""
-
-    def __init__(
-        self,
-        loss: CongruenceLoss,
-        convention: ConventionLike,
-        direction: Direction,
-        reduction: Reduction,
-        impl: Impl,
-    ) -> None:
-        super().__init__()
-        self.convention = check_options(loss, convention, direction, reduction, impl)
-        self.direction, self.reduction, self.impl = direction, reduction, impl
-
-    def _options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("convention", "direction", "reduction", "impl")}
-
-    def extra_repr(self) -> str:
-        """The options, for printing."""
-        return f"direction={self.direction!r}, reduction={self.reduction!r}, convention={self.convention}"
-
-
-class CACRLoss(_LossModule):
-    """`cacr_loss` as a module, for frameworks that want one; options and errors as there.
-
-    Example:
-        >>> CACRLoss(direction="language")(torch.zeros(1, 5, 5), n_text=2)
-        tensor(0.)
-    """
-
-    def __init__(
-        self,
-        convention: ConventionLike = RELEASED,
-        *,
-        direction: Direction = "both",
-        reduction: Reduction = "mean",
-        impl: Impl = "auto",
-    ) -> None:
-        super().__init__(LOSSES["cacr"], convention, direction, reduction, impl)
-
-    def forward(self, attention: Attention, n_text: NText | None = None, mask: Mask | None = None) -> Tensor:
-        """`cacr_loss(attention, n_text, mask=mask)` with the module's options."""
-        return cacr_loss(attention, n_text, mask=mask, **self._options())
-
-
-class IAISLoss(_LossModule):
-    """`iais_loss` as a module; options and errors as there."""
-
-    def __init__(
-        self,
-        convention: ConventionLike = RELEASED,
-        *,
-        alignment: Alignment = "singular",
-        direction: Direction = "both",
-        reduction: Reduction = "mean",
-        impl: Impl = "auto",
-    ) -> None:
-        one_of("alignment", alignment, ("singular", "distributed"))
-        super().__init__(LOSSES[alignment], convention, direction, reduction, impl)
-        self.alignment = alignment
-
-    def forward(self, attention: Attention, n_text: NText | None = None, mask: Mask | None = None) -> Tensor:
-        """`iais_loss(attention, n_text, mask=mask)` with the module's options."""
-        return iais_loss(attention, n_text, mask=mask, alignment=self.alignment, **self._options())
-
-    def extra_repr(self) -> str:
-        """The options, for printing."""
-        return f"alignment={self.alignment!r}, {super().extra_repr()}"

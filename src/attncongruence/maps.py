@@ -16,6 +16,7 @@ from attncongruence.blocks import AttentionBlocks, Quadrants, both_modalities, o
 from attncongruence.conventions import Convention
 
 Masks = Quadrants[Tensor | None]
+_ALL: Masks = Quadrants(None, None, None, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,19 +44,20 @@ def sides(blocks: AttentionBlocks, convention: Convention, direction: str, *, bo
         direction: `"language"`, `"vision"` or `"both"`.
         both_ways: whether the language side needs VL too, and the vision side LV.
     """
-    masks = entries(blocks)
+    masks = entries(blocks) if blocks._padded or blocks.allowed is not None else _ALL
     language, vision = direction != "vision", direction != "language"
     empty = blocks.LL.new_empty(0)
     LL = attention_map(blocks.LL, masks.LL, convention)
     VV = attention_map(blocks.VV, masks.VV, convention)
     LV = attention_map(blocks.LV, masks.LV, convention) if language or both_ways else empty
     VL = attention_map(blocks.VL, masks.VL, convention) if blocks.VL is not None and (vision or both_ways) else empty
-    pairs = blocks.allowed is not None
-    found = []
+    found, pairs = [], blocks.allowed is not None
     if language:
-        found.append(Maps(LL, LV, VL, VV, counted_entries(masks, convention, pairs), blocks.LL, masks.LL))
+        counted = masks if masks is _ALL else counted_entries(masks, convention, pairs)
+        found.append(Maps(LL, LV, VL, VV, counted, blocks.LL, masks.LL))
     if vision:
-        found.append(Maps(VV, VL, LV, LL, counted_entries(masks.swap(), convention, pairs), blocks.VV, masks.VV))
+        counted = masks if masks is _ALL else counted_entries(masks.swap(), convention, pairs)
+        found.append(Maps(VV, VL, LV, LL, counted, blocks.VV, masks.VV))
     return found
 
 
@@ -65,19 +67,17 @@ def entries(blocks: AttentionBlocks) -> Masks:
     Padding, pairs that may not attend, and samples without text or without image do not count.
     """
     if not blocks._padded and blocks.allowed is None:
-        return Quadrants(None, None, None, None)
+        return _ALL
     both = both_modalities(blocks.text_mask, blocks.image_mask)[:, None]
     text, image = blocks.text_mask & both, blocks.image_mask & both
     masks = Quadrants(outer(text, text), outer(text, image), outer(image, text), outer(image, image))
     if blocks.allowed is None:
-        return masks
+        return masks  # type: ignore[return-value]
     return Quadrants(*(mask & pairs for mask, pairs in zip(masks, blocks.allowed, strict=True)))
 
 
 def counted_entries(masks: Masks, convention: Convention, pairs: bool) -> Masks:
     """The entries that count for one side; `pairs` says that pairs are left out, and not only tokens."""
-    if masks.LL is None or masks.LV is None:
-        return masks
     if convention.heads == "mean_map":
         masks = Quadrants(*(None if mask is None else mask.any(1, keepdim=True) for mask in masks))
     assert masks.LL is not None
@@ -92,14 +92,16 @@ def counted_entries(masks: Masks, convention: Convention, pairs: bool) -> Masks:
 def attention_map(block: Tensor, mask: Tensor | None, convention: Convention) -> Tensor:
     """A block in the convention's form, `(batch, heads or 1, rows, columns)`; entries that don't count are 0."""
     block = at_least_float32(block)
+    if mask is not None and convention.blocks == "probabilities":
+        block = fill(block, mask, torch.finfo(block.dtype).min / 2)
     if convention.blocks == "probabilities":
-        block = fill(block, mask, torch.finfo(block.dtype).min / 2).softmax(-1)
-        if convention.heads == "mean_map" and (mask is None or mask.shape[1] == 1):
-            # With one mask for all heads, rows of padding can be set to 0 after the mean.
-            return fill(block.mean(1, keepdim=True), mask, 0.0)
-    block = fill(block, mask, 0.0)
+        block = block.softmax(-1)
+    if mask is not None and mask.shape[1] > 1:
+        block = fill(block, mask, 0.0)
     # mean_h softmax(S_h), or the heads as they are
-    return block.mean(1, keepdim=True) if convention.heads == "mean_map" else block
+    block = block.mean(1, keepdim=True) if convention.heads == "mean_map" else block
+    # With one mask for all heads, entries that don't count are set to 0 after the mean, in one map.
+    return fill(block, mask, 0.0) if mask is not None and mask.shape[1] == 1 else block
 
 
 def log_attention_map(block: Tensor, mask: Tensor | None, convention: Convention) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attncongruence._typing import Count, Reduction, checked, same_device, values_of
-from attncongruence.blocks import Attention, AttentionBlocks, Mask, NText, Quadrants
+from attncongruence.blocks import Attention, AttentionBlocks, NText, Quadrants
 from attncongruence.conventions import RELEASED, WEIGHTED_MEAN, Convention
+from attncongruence.layout import Mask
 from attncongruence.losses import LOSSES, check_options, iais_loss, read_blocks
 from attncongruence.maps import attention_map, entries, fill
 

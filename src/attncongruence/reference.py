@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from attncongruence._typing import Alignment, Direction, Impl, Reduction, at_least_float32, checked, one_of, values_of
-from attncongruence.blocks import Attention, AttentionBlocks, Mask, NText
+from attncongruence.blocks import Attention, AttentionBlocks, NText
 from attncongruence.conventions import RELEASED, Convention, ConventionLike
+from attncongruence.layout import Mask
 from attncongruence.losses import LOSSES, check_options, read_blocks
 from attncongruence.maps import zero_losses
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import abc
 import math
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from beartype.vale import Is
 from jaxtyping import Float
 from torch import Tensor
 
@@ -16,8 +16,8 @@ from attncongruence._typing import at_least_float32, checked, no_autocast, numbe
 class ScoreSource(Protocol):
     """One layer's pre-softmax scores, computed when they are asked for. Subclass it to write a source of your own.
 
-    `scores` and `allowed` are required. With `query` and `key` the streaming form can be used. With `shape` and `device`
-    the scores need not be computed to learn them. A captured layer and `QueryKey` are sources.
+    `scores` and `allowed` are required. The streaming form also needs `query` and `key`; `shape` and `device` save
+    computing the scores to learn them. A captured layer and `QueryKey` are sources.
 
     Example:
         >>> class Uniform(ScoreSource):
@@ -67,8 +67,17 @@ class ScoreSource(Protocol):
         return False
 
 
-# `isinstance` with a Protocol would compute the scores, so only the class is looked at.
-Source = ScoreSource if TYPE_CHECKING else Annotated[Any, Is[lambda x: hasattr(type(x), "scores")]]
+if TYPE_CHECKING:
+    Source = ScoreSource
+else:
+
+    class Source(abc.ABC):  # noqa: B024
+        """`ScoreSource` for checks at run time: `isinstance` with a Protocol would compute the scores."""
+
+        @classmethod
+        def __subclasshook__(cls, other: type) -> bool:
+            """Looks at the class alone, once."""
+            return hasattr(other, "scores")
 
 
 class QueryKey(ScoreSource):

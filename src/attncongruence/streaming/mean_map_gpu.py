@@ -1,7 +1,8 @@
 """`mean_map` on a GPU: chunks of rows of the whole batch, and Triton kernels for all that concerns single heads.
 
 The kernels turn queries and keys into rows of T, `(batch, rows, n)`, and the gradient of these rows into that of
-queries and keys. Between them are a few batched products with T. Padding is given by lengths alone, without synchronization.
+queries and keys. Between them are a few batched products with T. Padding is given by lengths, without
+synchronization.
 """
 
 from __future__ import annotations

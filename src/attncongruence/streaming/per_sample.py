@@ -13,8 +13,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from attncongruence._typing import Direction, at_least_float32, no_autocast
-from attncongruence.blocks import Located, both_modalities, take
+from attncongruence._typing import Direction, Impl, at_least_float32, no_autocast
+from attncongruence.blocks import Attention, AttentionBlocks, Located, NText, both_modalities, locate, take
 from attncongruence.conventions import Convention
 from attncongruence.maps import zero_losses
 from attncongruence.streaming.forms import Form, Modality, Small
@@ -37,6 +37,42 @@ def pays(query: Tensor, longest: tuple[int, int], convention: Convention) -> boo
     whole_map = batch * heads * max(longest) ** 2 * max(query.element_size(), 4)
     room = cache_bytes(query.device) // 4 if convention.blocks == "scores" else 2 * cache_bytes(query.device)
     return max(longest) >= SHORTEST and whole_map > room
+
+
+def streaming_or_dense(
+    name: str,
+    form: Form | None,
+    attention: Attention,
+    n_text: NText | None,
+    mask: Tensor | None,
+    convention: Convention,
+    impl: Impl,
+) -> tuple[Located | None, bool]:
+    """Whether to use the streaming form, and where the tokens are, if that had to be read.
+
+    Raises:
+        ValueError: the streaming form was asked for and can't be used.
+    """
+    where, remedy = None, ", or pass a captured layer or QueryKey(query, key) without a mask of pairs"
+    if form is None:
+        why, remedy = f"the loss {name!r} has no streaming form", ""
+    elif isinstance(attention, AttentionBlocks):
+        why, remedy = "AttentionBlocks hold scores, not queries and keys, and two streams have no streaming form", ""
+    elif isinstance(attention, Tensor):
+        why = "it was given scores, not queries and keys"
+    else:
+        where = locate(attention, n_text, mask, attention)
+        if where.allowed is not None:
+            why = "a mask says which pairs may attend (causal attention, for instance)"
+        elif attention.query is None:
+            why = "this layer's scores are not scale query key^T: its model adds a bias, caps or shifts them"
+        elif impl == "streaming" or pays(attention.query, where.longest, convention):
+            return where, True
+    if impl == "streaming":
+        raise ValueError(
+            f"impl='streaming' can't be used here, {why}: use impl='auto', which then takes the dense form{remedy}"
+        )
+    return where, False
 
 
 def per_sample(source: Any, where: Located, form: Form, convention: Convention, direction: Direction) -> Tensor:
