@@ -26,7 +26,7 @@ from attncongruence.metrics import WinogroundScores, argmax_entropy, attention_d
 from attncongruence.reference import hard_equivalence_loop, soft_equivalence_loop
 from attncongruence.sources import QueryKey
 from attncongruence.training.regularize import LossParts, Regularizer, regularize
-from attncongruence.training.schedules import constant, exponential_warmup, linear_warmup, logarithmic_warmup
+from attncongruence.training.schedules import Schedule, exponential_warmup, linear_warmup, logarithmic_warmup
 
 __version__ = version("attncongruence")
 
@@ -43,6 +43,7 @@ __all__ = [
     "LossParts",
     "QueryKey",
     "Regularizer",
+    "Schedule",
     "TokenLayout",
     "WinogroundScores",
     "argmax_entropy",
@@ -50,7 +51,6 @@ __all__ = [
     "cacr_loss",
     "cacr_loss_qk",
     "capture_attention",
-    "constant",
     "exponential_warmup",
     "find_attention",
     "hard_equivalence_loop",
