@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 from attncongruence import CACRLoss, IAISLoss, TokenLayout, cacr_loss, capture_attention, regularize
 from attncongruence.training.outputs import share_of
-from attncongruence.training.shim import optimizer_steps
 from tests.helpers.models import Attention, hook_count
 from tests.helpers.regularizing import (
     EACH_FORM,
@@ -20,27 +19,15 @@ from tests.helpers.regularizing import (
     SAMPLES,
     TEXT,
     Model,
+    close_all_regularizers,  # noqa: F401
     gradients,
+    hidden_states,  # noqa: F401
     logits_of,
     loss_of,
     model_output,
     needs_transformers,
     parts,
 )
-
-
-@pytest.fixture(autouse=True)
-def _close_all_regularizers():
-    """A regularizer lives as long as its model, and that until it is garbage-collected."""
-    yield
-    for listener in list(optimizer_steps.listeners):
-        listener.close()
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(SAMPLES, LENGTH, 16, generator=torch.Generator().manual_seed(1))
-
 
 # -- what is added ----------------------------------------------------------------------------------------------------
 
@@ -285,6 +272,20 @@ def test_a_mask_that_is_not_there(x):
         pytest.raises(ValueError, match=r"mask='attention_mask' is not in the batch: .*\['x'\]"),
     ):
         model(x)
+
+
+def test_functions_of_the_batch_are_called_for_each_layer_or_once(x):
+    called = []
+    with regularize(
+        model := Model(),
+        CACRLoss(),
+        n_text=lambda batch, captured: called.append(captured.layer) or TEXT,
+        layers=["stack.layers.0", "stack.layers.1"],
+        positives=lambda batch: called.append("positives") or [0, 2],
+        mask=lambda batch: called.append("mask") or torch.ones(SAMPLES, LENGTH).bool(),
+    ):
+        model(x)
+    assert called == ["positives", "mask", "stack.layers.0", "stack.layers.1"]
 
 
 # -- num_items_in_batch -----------------------------------------------------------------------------------------------

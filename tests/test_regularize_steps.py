@@ -15,23 +15,17 @@ from torch._dynamo.utils import counters
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from attncongruence import CACRLoss, cacr_loss, capture_attention, linear_warmup, regularize
-from attncongruence.training.shim import optimizer_steps
 from tests.helpers.models import Attention, hook_count
-from tests.helpers.regularizing import LENGTH, SAMPLES, TEXT, Model, gradients, parts, sgd, train_step
-
-
-@pytest.fixture(autouse=True)
-def _close_all_regularizers():
-    """A regularizer lives as long as its model, and that until it is garbage-collected."""
-    yield
-    for listener in list(optimizer_steps.listeners):
-        listener.close()
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(SAMPLES, LENGTH, 16, generator=torch.Generator().manual_seed(1))
-
+from tests.helpers.regularizing import (
+    TEXT,
+    Model,
+    close_all_regularizers,  # noqa: F401
+    gradients,
+    hidden_states,  # noqa: F401
+    parts,
+    sgd,
+    train_step,
+)
 
 # -- inert ------------------------------------------------------------------------------------------------------------
 

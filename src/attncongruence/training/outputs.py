@@ -21,11 +21,6 @@ def batch_of(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
     The entries of a mapping among the positional arguments are added under their own names, so that `model(batch)` and
     `model(**batch)` give the same.
 
-    Args:
-        function: what was called; only its signature is used.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-
     Example:
         >>> batch_of(lambda ids, labels=None, **rest: None, (1,), {"labels": 2, "mask": 3})
         {'ids': 1, 'labels': 2, 'mask': 3}
@@ -61,12 +56,7 @@ def share_of(batch: Batch, micro_batches: int | None) -> float | Tensor:
     - 1 otherwise, if this micro-batch must be the whole step: Accelerate says that the optimizer steps after it, there
       is one process, and the labels here are as many as in the step. This costs one device synchronization.
 
-    Args:
-        batch: the model's arguments.
-        micro_batches: number of micro-batches in the step, over all processes; None if not known.
-
-    Raises:
-        RuntimeError: the weight cannot be known.
+    If it cannot be known, that is a RuntimeError.
 
     Example:
         Two labels of eight:
@@ -111,11 +101,7 @@ def _label_counts(batch: Batch) -> list[int]:
 def loss_in(output: Any) -> Tensor | None:
     """The loss in a model's output: `.loss`, `["loss"]`, the first of a tuple, or the output itself.
 
-    Args:
-        output: whatever the model returned.
-
-    Returns:
-        A floating-point tensor of one element, or None if the output has none.
+    A floating-point tensor of one element; None if the output has none.
 
     Example:
         >>> loss_in((torch.tensor(2.0), torch.zeros(3, 4))), loss_in({"logits": torch.zeros(3, 4)})

@@ -91,10 +91,7 @@ def regularize(
 
 @dataclass(frozen=True)
 class LossParts:
-    """The parts of the loss in the last forward pass in training, detached, for logs.
-
-    The model returned `main + weight * share * congruence`.
-    """
+    """The parts of the loss `main + weight * share * congruence` in one forward pass, detached, for logs."""
 
     main: Tensor
     """The model's own loss."""
@@ -141,11 +138,11 @@ class Regularizer:
         self._passes = 0  # regularized forward passes since the last optimizer step
         self._ran = self._ran_in_eval = self._checked_resume = False
         if callable(getattr(self.model, "training_step", None)):
-            # Lightning calls training_step, and the module's own forward only under DDP: capture in its children.
-            model = nn.Module()
+            # Lightning calls training_step, which only under DDP runs as the module's forward. Its children always run.
+            watched = nn.Module()
             for name, child in self.model.named_children():
-                model.add_module(name, child)
-            self._capture = AttentionCapture(model, layers)
+                watched.add_module(name, child)
+            self._capture = AttentionCapture(watched, layers)
             undo = [TrainingStepShim(self.model, self._after_training_step).remove]
         else:
             self._capture = AttentionCapture(model, layers)
@@ -288,11 +285,7 @@ def _open_on(modules: set[nn.Module]) -> list[Regularizer]:
 
 
 def find_regularizer(model: nn.Module) -> Regularizer:
-    """The open regularizer of a model or of one of its parts, for callbacks.
-
-    Raises:
-        ValueError: there is none, or there are several.
-    """
+    """The one open regularizer of a model or of one of its parts, for callbacks."""
     found = _open_on(set(model.modules()))
     if len(found) != 1:
         raise ValueError(

@@ -103,8 +103,7 @@ def _takes_two(function: Callable[..., Any]) -> bool:
 def _check_n_text(came: str, n_text: object) -> None:
     if not isinstance(n_text, numbers.Integral | Tensor | TokenLayout):
         raise ValueError(
-            f"{came} a {type(n_text).__name__}: it must be an int, a (batch,) integer tensor or a TokenLayout, "
-            "and regularize also takes a function (batch, captured) that returns one of these"
+            f"{came} a {type(n_text).__name__}: it must be an int, a (batch,) integer tensor or a TokenLayout"
         )
 
 
