@@ -98,7 +98,9 @@ def measure(steps: int, seed: int = 0) -> dict[str, Any]:
     counts: list[dict[str, Any]] = []
     weight = exponential_warmup(total_steps=steps // 2)
     with (
-        regularize(model, CACRLoss(), layout=lambda batch: batch["input_ids"].shape[1], weight=weight) as regularizer,
+        regularize(
+            model, CACRLoss(), n_text=lambda batch, captured: batch["input_ids"].shape[1], weight=weight
+        ) as regularizer,
         capture_attention(model, [0, 1]) as capture,
     ):
         for step in range(steps):

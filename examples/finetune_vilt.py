@@ -103,7 +103,7 @@ def add_congruence(model: ViltForRanking, processor: ViltProcessor, options: arg
         LOSSES[options.loss](CONVENTIONS[options.convention]),
         # Words and patches: no padding, no [CLS] or [SEP], as the authors did. ViLT drops and reorders patches as it
         # likes; where they ended up is read from the captured layer.
-        layout=partial(token_layout, model, special=(tokenizer.cls_token_id, tokenizer.sep_token_id)),
+        n_text=partial(token_layout, model, special=(tokenizer.cls_token_id, tokenizer.sep_token_id)),
         weight=lambda step: options.weight * warmup(step),
         positives=matched_pairs,
     )

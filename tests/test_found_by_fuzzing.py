@@ -259,6 +259,7 @@ def test_schedules_of_no_number(schedule):
     with pytest.raises(ValueError, match="total_steps must be a number in the range of floats"):
         schedule(10**400)
     assert schedule(5)(math.inf) == schedule(5)(5)
+    assert schedule(5)(10**300) == schedule(5)(5)
 
 
 @pytest.mark.parametrize("name", ["temperature", "epsilon"])

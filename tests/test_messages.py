@@ -55,22 +55,25 @@ def test_two_streams_are_not_told_to_stream():
         cacr_loss(S, 5, impl="streaming")
 
 
-@pytest.mark.parametrize("name", ["layout", "positives", "mask"])
+@pytest.mark.parametrize("name", ["n_text", "positives", "mask"])
 def test_a_function_of_the_batch_that_asks_for_what_it_has_not(name):
-    wrong = {name: lambda batch: batch["input_ids"]}
-    model, n_text = Tiny(), None if name == "layout" else 2
-    with regularize(model, CACRLoss(), n_text, **wrong), pytest.raises(KeyError, match="input_ids") as raised:
+    wrong = {"n_text": 2, name: lambda batch, *captured: batch["input_ids"]}
+    model = Tiny()
+    with regularize(model, CACRLoss(), **wrong), pytest.raises(KeyError, match="input_ids") as raised:
         model(randn(2, 5, 4, dtype=torch.float32))
     (note,) = raised.value.__notes__
     assert note == f"in regularize(..., {name}=): the batch, what the model was called with, has ['x']"
 
 
 @pytest.mark.parametrize("came", [(torch.ones(2, 5),) * 2, [1, 2], 2.0, None])
-def test_a_layout_function_that_returns_something_else(came):
+def test_an_n_text_function_that_returns_something_else(came):
     model = Tiny()
-    with regularize(model, CACRLoss(), layout=lambda batch: came), pytest.raises(TypeError, match="layout") as raised:
+    with (
+        regularize(model, CACRLoss(), lambda batch, captured: came),
+        pytest.raises(ValueError, match="n_text") as raised,
+    ):
         model(randn(2, 5, 4, dtype=torch.float32))
-    returned = f"layout(batch) returned a {type(came).__name__}: it must return a TokenLayout, an int or a (batch,)"
+    returned = f"n_text(batch, captured) returned a {type(came).__name__}: it must be an int, a (batch,) integer tensor"
     assert str(raised.value).startswith(returned)
 
 
@@ -112,7 +115,7 @@ def test_no_text_or_no_image_is_said_once_in_a_training_step():
         (0, "no text token"),
         (nothing, "no image token"),
     ):
-        with regularize(model, CACRLoss(), layout=lambda batch, where=where: where) as regularizer:
+        with regularize(model, CACRLoss(), where) as regularizer:
             with pytest.warns(UserWarning, match=f"{found}.* exactly 0") as said:
                 model(x)
             assert len(said) == 1
@@ -125,7 +128,7 @@ def test_the_same_loss_twice_on_one_model():
         warnings.simplefilter("error")
         with regularize(model, CACRLoss(WEIGHTED_MEAN), 2), regularize(Tiny(), CACRLoss(), 2):
             pass  # another loss, another model
-        with pytest.raises(UserWarning, match=r"Tiny is regularised with CACRLoss.* already.*close\(\) the first"):
+        with pytest.raises(UserWarning, match=r"Tiny is regularized with CACRLoss.* already.*close\(\) the first"):
             regularize(model, CACRLoss(), 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -10,8 +10,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils.checkpoint import checkpoint
 
 from attncongruence import CACRLoss, IAISLoss, TokenLayout, cacr_loss, capture_attention, regularize
-from attncongruence.training.share import share_of
-from attncongruence.training.steps import listeners
+from attncongruence.training.outputs import share_of
 from tests.helpers.models import Attention, hook_count
 from tests.helpers.regularizing import (
     EACH_FORM,
@@ -20,27 +19,15 @@ from tests.helpers.regularizing import (
     SAMPLES,
     TEXT,
     Model,
+    close_all_regularizers,  # noqa: F401
     gradients,
+    hidden_states,  # noqa: F401
     logits_of,
     loss_of,
     model_output,
     needs_transformers,
     parts,
 )
-
-
-@pytest.fixture(autouse=True)
-def _no_one_listens():
-    """Regularizers live as long as their models, and those until they are collected."""
-    yield
-    for listener in list(listeners.all):
-        listener.close()
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(SAMPLES, LENGTH, 16, generator=torch.Generator().manual_seed(1))
-
 
 # -- what is added ----------------------------------------------------------------------------------------------------
 
@@ -103,7 +90,7 @@ def test_checkpointing_the_whole_model_is_an_error(reentrant, x):
     model = Model("tensor")
     regularize(model, CACRLoss(), n_text=TEXT)
     loss = checkpoint(model, x.requires_grad_(), use_reentrant=reentrant)
-    with pytest.raises(RuntimeError, match=r"whole regularised model runs inside torch\.utils\.checkpoint"):
+    with pytest.raises(RuntimeError, match=r"whole regularized model runs inside torch\.utils\.checkpoint"):
         loss.backward()
 
 
@@ -143,22 +130,26 @@ def test_two_regularizers_add_up(x):
 LAYOUT = TokenLayout.from_n_text(torch.tensor([4, 3, 2, 5]), LENGTH)
 LAYOUTS = {
     "a layout": (LAYOUT, LAYOUT),
-    "a function to a layout": (lambda batch: LAYOUT, LAYOUT),
-    "a function to a tensor": (lambda batch: batch["n"], torch.tensor([4, 3, 2, 5])),
-    "a function to an int": (lambda batch: batch["x"].shape[1] // 3, 3),
-    "a function that wants the record": (lambda batch, captured: captured.lengths[0] - 4, 5),
+    "an int": (3, 3),
+    "a tensor": (torch.tensor([4, 3, 2, 5]), torch.tensor([4, 3, 2, 5])),
+    "a function to a layout": (lambda batch, captured: LAYOUT, LAYOUT),
+    "a function to a tensor": (lambda batch, captured: batch["n"], torch.tensor([4, 3, 2, 5])),
+    "a function to an int": (lambda batch, captured: batch["x"].shape[1] // 3, 3),
+    "a function that uses the captured layer": (lambda batch, captured: captured.lengths[0] - 4, 5),
+    "a function with names of its own": (lambda inputs, layer: layer.lengths[0] - inputs["x"].shape[1] + 5, 5),
+    "a function of any arguments": (lambda *args: args[1].lengths[0] - 4, 5),
     "a partial": (functools.partial(lambda offset, batch, captured=None: captured.lengths[0] - offset, 6), 3),
 }
 
 
 @pytest.mark.parametrize("given", LAYOUTS)
-def test_layouts(given, x):
-    layout, expected = LAYOUTS[given]
+def test_where_text_is(given, x):
+    n_text, expected = LAYOUTS[given]
     model = Model()
     with capture_attention(model) as capture:
         model(x)
         congruence = cacr_loss(capture.pop(), expected)
-    with regularize(model, CACRLoss(), layout=layout) as regularizer:
+    with regularize(model, CACRLoss(), n_text=n_text) as regularizer:
         model(x, n=torch.tensor([4, 3, 2, 5]))
     torch.testing.assert_close(regularizer.last.congruence, congruence.detach())
 
@@ -173,7 +164,7 @@ def test_layouts(given, x):
 )
 def test_the_batch_is_what_the_model_was_called_with_by_name(call, x):
     model, seen, labels = Model(), [], torch.ones(SAMPLES, 1)
-    with regularize(model, CACRLoss(), layout=lambda batch: seen.append(batch) or TEXT):
+    with regularize(model, CACRLoss(), n_text=lambda batch, captured: seen.append(batch) or TEXT):
         call(model, x, labels)
     assert sorted(seen[0]) == ["labels", "x"]
     assert seen[0]["x"] is x
@@ -190,7 +181,7 @@ def test_a_batch_handed_over_whole_is_looked_into(x):
             return scale * self.model(**batch)["loss"]
 
     model = Whole()
-    with regularize(model, CACRLoss(), layout=lambda batch: batch["n"]) as regularizer:
+    with regularize(model, CACRLoss(), n_text=lambda batch, captured: batch["n"]) as regularizer:
         model({"x": x, "n": torch.full((SAMPLES,), TEXT)}, 2.0)
     torch.testing.assert_close(regularizer.last.congruence, parts(x)[1].detach())
 
@@ -215,10 +206,10 @@ def test_negatives_are_left_out(which, layout, x):
         model(x, labels)
         some = everywhere if isinstance(everywhere, int) else everywhere[torch.tensor([0, 2])]
         congruence = cacr_loss(capture.pop()[[0, 2]], some)
-    with regularize(model, CACRLoss(), layout=lambda batch: everywhere, positives=POSITIVES[which]) as regularizer:
+    with regularize(model, CACRLoss(), everywhere, positives=POSITIVES[which]) as regularizer:
         model(x, labels)
     torch.testing.assert_close(regularizer.last.congruence, congruence.detach())
-    with regularize(model, CACRLoss(), layout=lambda batch: everywhere) as regularizer:
+    with regularize(model, CACRLoss(), lambda batch, captured: everywhere) as regularizer:
         model(x, labels)
     assert (regularizer.last.congruence - congruence).abs() > 1e-5
 
@@ -235,7 +226,7 @@ def test_a_batch_of_negatives_adds_exactly_zero_with_a_graph(none, loss, layout,
         seen.append(loss(captured, n_text))
         return seen[-1]
 
-    with regularize(model, watched, layout=lambda batch: layout, positives=none) as regularizer:
+    with regularize(model, watched, lambda batch, captured: layout, positives=none) as regularizer:
         ours = gradients(model(x)["loss"], model)
     assert regularizer.last.congruence == 0
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
@@ -259,18 +250,18 @@ def test_positives_that_do_not_fit(positives, message, x):
         model(x)
 
 
-@pytest.mark.parametrize("mask", ["real", lambda batch: batch["real"]])
+@pytest.mark.parametrize("mask", ["token_mask", lambda batch: batch["token_mask"]])
 @pytest.mark.parametrize("positives", [None, [1, 3]])
 def test_masks(mask, positives, x):
     model = Model()
-    real = torch.ones(SAMPLES, LENGTH, dtype=torch.long)
-    real[1, 2:4] = 0
+    token_mask = torch.ones(SAMPLES, LENGTH, dtype=torch.long)
+    token_mask[1, 2:4] = 0
     with capture_attention(model) as capture:
         model(x)
         picked = slice(None) if positives is None else torch.tensor(positives)
-        congruence = cacr_loss(capture.pop()[picked], TEXT, mask=real[picked])
+        congruence = cacr_loss(capture.pop()[picked], TEXT, mask=token_mask[picked])
     with regularize(model, CACRLoss(), n_text=TEXT, mask=mask, positives=positives) as regularizer:
-        model(x, real=real)
+        model(x, token_mask=token_mask)
     torch.testing.assert_close(regularizer.last.congruence, congruence.detach())
 
 
@@ -278,9 +269,23 @@ def test_a_mask_that_is_not_there(x):
     model = Model()
     with (
         regularize(model, CACRLoss(), n_text=TEXT, mask="attention_mask"),
-        pytest.raises(ValueError, match=r"mask='attention_mask' names no entry of the batch: .*\['x'\]"),
+        pytest.raises(ValueError, match=r"mask='attention_mask' is not in the batch: .*\['x'\]"),
     ):
         model(x)
+
+
+def test_functions_of_the_batch_are_called_for_each_layer_or_once(x):
+    called = []
+    with regularize(
+        model := Model(),
+        CACRLoss(),
+        n_text=lambda batch, captured: called.append(captured.layer) or TEXT,
+        layers=["stack.layers.0", "stack.layers.1"],
+        positives=lambda batch: called.append("positives") or [0, 2],
+        mask=lambda batch: called.append("mask") or torch.ones(SAMPLES, LENGTH).bool(),
+    ):
+        model(x)
+    assert called == ["positives", "mask", "stack.layers.0", "stack.layers.1"]
 
 
 # -- num_items_in_batch -----------------------------------------------------------------------------------------------
@@ -305,21 +310,27 @@ TOKENS = torch.tensor([[-100, 4, 5, -100], [3, 4, -100, -100]])
 )
 def test_shares(batch, micro_batches, share, monkeypatch):
     monkeypatch.delitem(sys.modules, "accelerate.state", raising=False)  # what an Accelerator of another test left
-    assert share_of(batch, micro_batches) == (None if share is None else pytest.approx(share))
+    if share is None:
+        with pytest.raises(RuntimeError, match="how many micro-batches share the optimizer step"):
+            share_of(batch, micro_batches)
+    else:
+        assert share_of(batch, micro_batches) == pytest.approx(share)
 
 
 @pytest.mark.needs("accelerate>=1.3")
-@pytest.mark.parametrize(("items", "share"), [(4, 1.0), (3, 1.0), (5, None)])
-def test_a_step_of_one_micro_batch_is_known_from_accelerate(items, share):
+@pytest.mark.parametrize(("items", "known"), [(4, True), (3, True), (5, False)])
+def test_a_step_of_one_micro_batch_is_known_from_accelerate(items, known):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
 
     try:
         state = Accelerator(cpu=True).gradient_state
         batch = {"num_items_in_batch": torch.tensor(items), "labels": TOKENS}
-        assert share_of(batch, None) == share  # all labels, or those that a causal model predicts
-        state._set_sync_gradients(False)
-        assert share_of(batch, None) is None
+        if known:
+            assert share_of(batch, None) == 1.0  # all labels, or those that a causal model predicts
+            state._set_sync_gradients(False)
+        with pytest.raises(RuntimeError, match="how many micro-batches share the optimizer step"):
+            share_of(batch, None)
     finally:
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
@@ -371,9 +382,12 @@ def test_a_model_without_a_loss(output, what, x, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "neither n_text nor layout: give n_text"),
-        ({"n_text": 4, "layout": LAYOUT}, "both n_text and layout: give n_text"),
-        ({"n_text": lambda batch: 4}, "n_text is a function: pass it as layout="),
+        ({"n_text": None}, "n_text=None is a NoneType: it must be an int"),
+        ({"n_text": "4"}, "n_text='4' is a str: it must be an int"),
+        ({"n_text": lambda batch: 4}, "two positional arguments.*: write lambda batch, captured: "),
+        ({"n_text": lambda: 4}, "two positional arguments.*: write lambda batch, captured: "),
+        ({"n_text": lambda batch, *, captured: 4}, "two positional arguments.*: write lambda batch, captured: "),
+        ({"n_text": lambda batch, captured, more: 4}, "two positional arguments.*: write lambda batch, captured: "),
         ({"n_text": 4, "weight": -0.1}, "weight=-0.1 must be >= 0"),
         ({"n_text": 4, "weight": float("nan")}, "weight=nan must be >= 0"),
         ({"n_text": 4, "layers": "nothing"}, "no module is called 'nothing'"),
@@ -387,6 +401,11 @@ def test_rejects(options, message):
     assert hook_count(model) == 0
     assert "forward" not in vars(model)
     assert len(_global_optimizer_post_hooks) == hooks
+
+
+def test_n_text_must_be_given():
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'n_text'"):
+        regularize(Model(), CACRLoss())
 
 
 def test_a_loss_of_each_sample_is_refused(x):
@@ -424,11 +443,11 @@ def test_a_layer_that_runs_several_times_is_laid_out_each_time():
 
     model, x, asked = Twice(), torch.randn(3, LENGTH, 16), []
 
-    def layout(batch, captured):
+    def n_text(batch, captured):
         asked.append(captured.lengths[0])
         return captured.lengths[0] - 3
 
-    with regularize(model, CACRLoss(), layout=layout, layers="attention") as regularizer:
+    with regularize(model, CACRLoss(), n_text=n_text, layers="attention") as regularizer:
         model(x)
         with capture_attention(model, "attention") as capture:
             model(x)

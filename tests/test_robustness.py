@@ -20,7 +20,6 @@ from attncongruence import (
     argmax_entropy,
     attention_distance,
     cacr_loss,
-    constant,
     exponential_warmup,
     linear_warmup,
     logarithmic_warmup,
@@ -282,7 +281,7 @@ def test_metrics_of_attention(data):
 def test_schedules(data):
     numbers = st.one_of(st.integers(-2, 10**6), st.floats(), st.text(max_size=2), st.none(), st.just(10**400))
     steps, scale, step = data.draw(numbers), data.draw(numbers), data.draw(numbers)
-    schedule = data.draw(st.sampled_from([exponential_warmup, linear_warmup, logarithmic_warmup, constant]))
+    schedule = data.draw(st.sampled_from([exponential_warmup, linear_warmup, logarithmic_warmup]))
     scaled = {"scale": scale} if schedule in (exponential_warmup, logarithmic_warmup) else {}
     weight = outcome("schedules", lambda: schedule(steps, **scaled))
     if weight is not None:

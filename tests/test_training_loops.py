@@ -302,7 +302,7 @@ def test_the_callback_counts_micro_batches_of_all_processes_with_other_data(worl
     assert regularizer.micro_batches == expected
 
 
-def test_the_callback_counts_steps_of_optimisers_that_no_hook_sees():
+def test_the_callback_counts_steps_of_optimizers_that_no_hook_sees():
     """DeepSpeed's: Trainer says when they stepped, and its scaler when they did not."""
     model = vilt().train()
     regularizer = regularized("vilt", model)
@@ -495,7 +495,7 @@ def test_lightning_resumes_with_the_same_losses_and_logs_them(tmp_path):
     assert straight.logged[0]["congruence_loss"] > 0.01
 
 
-def test_lightning_may_skip_a_step_and_may_not_optimise_by_hand(tmp_path):
+def test_lightning_may_skip_a_step_and_may_not_optimize_by_hand(tmp_path):
     class Skips(Lit):
         def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
             loss = super().training_step(batch, batch_idx)
@@ -509,5 +509,5 @@ def test_lightning_may_skip_a_step_and_may_not_optimise_by_hand(tmp_path):
     module = Lit().train()
     module.automatic_optimization = False
     regularized("vilt", module)
-    with pytest.raises(RuntimeError, match="optimises by hand"):
+    with pytest.raises(RuntimeError, match="optimizes by hand"):
         fit(module, tmp_path)

@@ -22,7 +22,6 @@ from attncongruence import (
     TokenLayout,
     argmax_entropy,
     cacr_loss,
-    constant,
     exponential_warmup,
     iais_loss,
     split_attention,
@@ -39,7 +38,7 @@ METHODS: dict[str, Loss | None] = {
     "cacr-printed": functools.partial(cacr_loss, convention=PRINTED),
     "cacr-weighted-mean": functools.partial(cacr_loss, convention=WEIGHTED_MEAN),
 }
-SCHEDULES = {"constant": constant, "exponential": exponential_warmup}
+SCHEDULES = {"constant": lambda steps: lambda step: 1.0, "exponential": exponential_warmup}
 
 RATE, DECAY, BETAS, RISE = 1e-3, 0.1, (0.9, 0.98), 100  # AdamW; the rate rises for 100 steps, then a cosine to 0
 TRAIN, VALIDATION, TEST = 0, 1, 2  # seeds of the three sets of scenes

@@ -27,7 +27,7 @@ from attncongruence.modules import CACRLoss, IAISLoss
 from attncongruence.reference import hard_equivalence_loop, soft_equivalence_loop
 from attncongruence.sources import QueryKey, ScoreSource
 from attncongruence.training.regularize import LossParts, Regularizer, regularize
-from attncongruence.training.schedules import constant, exponential_warmup, linear_warmup, logarithmic_warmup
+from attncongruence.training.schedules import Schedule, exponential_warmup, linear_warmup, logarithmic_warmup
 
 __version__ = version("attncongruence")
 
@@ -45,6 +45,7 @@ __all__ = [
     "LossParts",
     "QueryKey",
     "Regularizer",
+    "Schedule",
     "ScoreSource",
     "TokenLayout",
     "WinogroundScores",
@@ -52,7 +53,6 @@ __all__ = [
     "attention_distance",
     "cacr_loss",
     "capture_attention",
-    "constant",
     "exponential_warmup",
     "find_attention",
     "hard_equivalence_loop",

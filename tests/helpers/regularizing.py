@@ -1,4 +1,4 @@
-"""A model with a main loss, and what regularize must make of it: for the tests of regularize."""
+"""For the tests of regularize: a model with a main loss, its expected loss with regularize, and fixtures."""
 
 import collections
 import dataclasses
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attncongruence import cacr_loss, capture_attention
+from attncongruence.training.shim import optimizer_steps
 from tests.helpers.models import Stack
 
 TEXT, LENGTH, SAMPLES = 4, 9, 4
@@ -25,6 +26,19 @@ class Frozen:
 class Thing:
     def __init__(self, loss: Tensor, logits: Tensor) -> None:
         self.loss, self.logits = loss, logits
+
+
+@pytest.fixture(autouse=True)
+def close_all_regularizers():
+    """A regularizer lives as long as its model, and that until it is garbage-collected."""
+    yield
+    for listener in list(optimizer_steps.listeners):
+        listener.close()
+
+
+@pytest.fixture(name="x")
+def hidden_states() -> Tensor:
+    return torch.randn(SAMPLES, LENGTH, 16, generator=torch.Generator().manual_seed(1))
 
 
 needs_transformers = pytest.mark.needs("transformers>=4.30")
@@ -54,7 +68,7 @@ EACH_FORM = [pytest.param(name, marks=[needs_transformers] if name == "ModelOutp
 
 
 class Model(nn.Module):
-    """Two attention layers and a main loss; `outputs` are all it ever returned."""
+    """Two attention layers and a main loss, returned in the given form."""
 
     def __init__(self, form: object = "dict", layers: int = 2, checkpointed: bool = False) -> None:
         super().__init__()

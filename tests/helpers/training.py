@@ -88,7 +88,7 @@ def llava_batch(size: int = 8) -> Batch:
     return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "labels": labels}
 
 
-def llava_layout(batch: Batch) -> TokenLayout:
+def llava_layout(batch: Batch, captured: object = None) -> TokenLayout:
     return TokenLayout.from_input_ids(batch["input_ids"], IMAGE_ID, batch["attention_mask"])
 
 
@@ -98,8 +98,8 @@ MODELS = {"vilt": (vilt, vilt_batch), "llava": (llava, llava_batch)}
 
 def regularized(name: str, model: nn.Module, **options: object):
     """The line under test."""
-    where = {"n_text": TEXT} if name == "vilt" else {"layout": llava_layout}
-    return regularize(model, LOSSES[name], weight=schedule, **where, **options)
+    n_text = TEXT if name == "vilt" else llava_layout
+    return regularize(model, LOSSES[name], n_text, weight=schedule, **options)
 
 
 def micro_batches(batch: Batch, count: int) -> list[Batch]:

@@ -4,13 +4,13 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from attncongruence.training.regularize import Regularizer, the_regularizer
+from attncongruence.training.regularize import Regularizer, find_regularizer
 
 
 class CongruenceCallback(Callback):
-    """Goes with `regularize` in a Lightning `Trainer`; the loss itself is added without it.
+    """For `regularize` in a Lightning `Trainer`; the loss is added without it too.
 
-    It logs `congruence_loss` and `congruence_weight` after each batch, and keeps the schedule's step in checkpoints.
+    It logs `congruence_loss` and `congruence_weight` after each batch, and saves the schedule's step in checkpoints.
 
     Args:
         regularizer: what `regularize` returned; None: the one on the `LightningModule` or on a part of it.
@@ -32,7 +32,7 @@ class CongruenceCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finds the regularizer, before a checkpoint is read."""
         if stage == "fit" and self._regularizer is None:
-            self._regularizer = the_regularizer(pl_module)
+            self._regularizer = find_regularizer(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -48,6 +48,6 @@ class CongruenceCallback(Callback):
         return {} if self._regularizer is None else dict(self._regularizer.state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The step of a checkpoint."""
+        """Restores the step of a checkpoint."""
         if self._regularizer is not None and state_dict:
             self._regularizer.load_state_dict(state_dict)

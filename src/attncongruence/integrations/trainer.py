@@ -1,28 +1,25 @@
-"""CongruenceCallback for transformers' Trainer: logs, the step in checkpoints, how many micro-batches make a step."""
+"""CongruenceCallback for transformers' Trainer: logs, the step in checkpoints, micro-batches of a step."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback
 
 from attncongruence import _compat
-from attncongruence.training.regularize import Regularizer, the_regularizer
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
+from attncongruence.training.regularize import Regularizer, find_regularizer
 
 
 class CongruenceCallback(TrainerCallback, _compat.exportable_state()):  # type: ignore[misc]
-    """Goes with `regularize` in a `Trainer`; the loss itself is added without it.
+    """For `regularize` in a `Trainer`; the loss is added without it too.
 
-    It logs `congruence_loss` (mean since the last log, of this process) and `congruence_weight`, keeps the schedule's
-    step in checkpoints, and tells the regularizer how many micro-batches share `num_items_in_batch`, which models with
-    labels for each token need under gradient accumulation or on several processes.
+    It logs `congruence_loss` (mean since the last log, of this process) and `congruence_weight`, saves the schedule's
+    step in checkpoints, and tells the regularizer how many micro-batches share `num_items_in_batch`. Models with a
+    label for each token need that under gradient accumulation or on several processes.
 
-    Reporters that stand before it in the list of callbacks do not see what it logs, and Trainer puts its own first:
-    `trainer.callback_handler.callbacks.insert(0, CongruenceCallback())` puts it before them.
+    Trainer puts its own reporters before your callbacks, and they do not see what a later callback logs:
+    `trainer.callback_handler.callbacks.insert(0, CongruenceCallback())` puts it first.
 
     Args:
         regularizer: what `regularize` returned; None: the one on Trainer's model.
@@ -41,7 +38,7 @@ class CongruenceCallback(TrainerCallback, _compat.exportable_state()):  # type: 
     def __init__(self, regularizer: Regularizer | None = None) -> None:
         self._regularizer = regularizer
         self._sum: Tensor | None = None
-        self._count = self._position = 0
+        self._count = self._step_of_epoch = 0
         self.step = 0
         """The regularizer's step when this was last saved or restored."""
 
@@ -51,82 +48,53 @@ class CongruenceCallback(TrainerCallback, _compat.exportable_state()):  # type: 
             self.step = self._regularizer.step
         return {"args": {}, "attributes": {"step": self.step}}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        """Finds the regularizer, and where a run is resumed, its step."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Finds the regularizer, and restores its step if the run is resumed."""
         if self._regularizer is None:
-            self._regularizer = the_regularizer(model)
+            self._regularizer = find_regularizer(model)
         if state.global_step:
             saved = getattr(state, "stateful_callbacks", {}).get(type(self).__name__)
             saved = saved[0] if isinstance(saved, list) else saved
-            # A checkpoint from a run without this callback: as many steps as Trainer counts.
+            # A checkpoint of a run without this callback: Trainer's own count.
             step = saved["attributes"]["step"] if saved else state.global_step
             self._regularizer.load_state_dict({"step": step})
 
-    def on_epoch_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        train_dataloader: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        """Where in the epoch training begins: Trainer skips what was done before a checkpoint."""
-        steps = _steps_of_epoch(args, train_dataloader)
-        self._position = state.global_step % steps if steps and not args.ignore_data_skip else 0
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        """Finds where in the epoch training begins: Trainer skips what was done before a checkpoint."""
+        steps = _steps_per_epoch(args, train_dataloader)
+        self._step_of_epoch = state.global_step % steps if steps and not args.ignore_data_skip else 0
 
     def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        train_dataloader: Any = None,
-        model: Any = None,
-        **kwargs: Any,
+        self, args: Any, state: Any, control: Any, train_dataloader: Any = None, model: Any = None, **kwargs: Any
     ) -> None:
-        """Among how many micro-batches this step's items are shared."""
-        steps, self._position = _steps_of_epoch(args, train_dataloader), self._position + 1
+        """Sets the number of micro-batches that share this step's items."""
+        assert self._regularizer is not None, "Trainer calls on_train_begin first"
+        steps, self._step_of_epoch = _steps_per_epoch(args, train_dataloader), self._step_of_epoch + 1
         count = int(args.gradient_accumulation_steps)
-        if steps and self._position == steps:  # what is left of the epoch
+        if steps and self._step_of_epoch == steps:  # what is left of the epoch
             count = len(train_dataloader) - (steps - 1) * count
-        # Trainer adds up the items of all processes, and multiplies the loss by the number of those that differ.
+        # Trainer sums the items of all processes, and multiplies the loss by the number of those with other data.
         processes = args.world_size if getattr(args, "average_tokens_across_devices", False) else 1
         processes //= getattr(model, "tp_size", None) or 1
-        self._of_regularizer.micro_batches = count * processes
+        self._regularizer.micro_batches = count * processes
 
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """After each micro-batch but the last."""
-        last = self._of_regularizer.last
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Adds up the losses, after each micro-batch but the last."""
+        last = None if self._regularizer is None else self._regularizer.last
         if last is not None:
             self._sum = last.congruence if self._sum is None else self._sum + last.congruence
             self._count += 1
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        """After the last one; counts the step where the optimiser is none of torch's (DeepSpeed)."""
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        """After the last micro-batch; counts the step of an optimizer that is not one of torch's (DeepSpeed)."""
+        assert self._regularizer is not None, "Trainer calls on_train_begin first"
         self.on_substep_end(args, state, control)
         if not getattr(optimizer, "step_was_skipped", False):
-            self._of_regularizer.count_step()
+            self._regularizer.count_step()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Adds to the logs of training, and to the history, where Trainer has put them already."""
-        last = self._of_regularizer.last
+        last = None if self._regularizer is None else self._regularizer.last
         if logs is None or "loss" not in logs or self._sum is None or last is None:
             return
         ours = {"congruence_loss": float(self._sum) / self._count, "congruence_weight": float(last.weight)}
@@ -135,20 +103,14 @@ class CongruenceCallback(TrainerCallback, _compat.exportable_state()):  # type: 
             state.log_history[-1].update(ours)
         self._sum, self._count = None, 0
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """A later loop may accumulate otherwise."""
-        self._of_regularizer.micro_batches = None
-
-    @property
-    def _of_regularizer(self) -> Regularizer:
-        assert self._regularizer is not None, "Trainer calls on_train_begin first"
-        return self._regularizer
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forgets the number of micro-batches: a later loop may accumulate in another way."""
+        if self._regularizer is not None:
+            self._regularizer.micro_batches = None
 
 
-def _steps_of_epoch(args: TrainingArguments, loader: Any) -> int:
-    """Optimiser steps of an epoch; 0 where the data have no length."""
+def _steps_per_epoch(args: Any, loader: Any) -> int:
+    """Optimizer steps in an epoch; 0 if the data have no length."""
     try:
         return -(-len(loader) // int(args.gradient_accumulation_steps))
     except TypeError:

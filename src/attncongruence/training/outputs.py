@@ -1,31 +1,25 @@
-"""What goes into a model and what comes out: the batch as a mapping, the loss in an output, the matched pairs."""
+"""What goes into a model and what comes out: the batch as a mapping, its weight in the step, the loss in an output."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Batch = Mapping[str, Any]
-Positives = Tensor | Sequence[int] | Sequence[bool]
-"""Samples by index, or a mask with True at those that count."""
 
 
 def batch_of(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch:
-    """What a function was called with, by the names of its parameters.
+    """The arguments of a call, by the names of the function's parameters.
 
-    The entries of a mapping among the positional arguments are there by their own names too: `model(batch)` and
-    `model(**batch)` look the same.
-
-    Args:
-        function: what was called; only its signature is looked at.
-        args: its positional arguments.
-        kwargs: its other arguments.
+    The entries of a mapping among the positional arguments are added under their own names, so that `model(batch)` and
+    `model(**batch)` give the same.
 
     Example:
         >>> batch_of(lambda ids, labels=None, **rest: None, (1,), {"labels": 2, "mask": 3})
@@ -48,21 +42,66 @@ def batch_of(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
     return named
 
 
-def entry(batch: Batch, name: str, what: str) -> Any:
-    """One entry of the batch, or a ValueError that lists those there are."""
-    if name not in batch:
-        raise ValueError(f"{what}={name!r} names no entry of the batch: the model was called with {sorted(batch)}")
-    return batch[name]
+def share_of(batch: Batch, micro_batches: int | None) -> float | Tensor:
+    """This micro-batch's weight in the optimizer step: the weighted means of all micro-batches sum to the step's mean.
+
+    transformers' `Trainer` passes `num_items_in_batch`, the number of labels in the whole step on all processes, to
+    models that take it. They divide the sum of their losses by it, and `Trainer` does not divide by the number of
+    micro-batches. The weight is
+
+    - 1 without `num_items_in_batch`: the loop divides the loss.
+    - labels here / labels in the step, if all samples have equally many labels (classes, or a row of scores). This is
+      right for micro-batches of different sizes and on several processes.
+    - 1 / `micro_batches` otherwise, if that is known.
+    - 1 otherwise, if this micro-batch must be the whole step: Accelerate says that the optimizer steps after it, there
+      is one process, and the labels here are as many as in the step. This costs one device synchronization.
+
+    If it cannot be known, that is a RuntimeError.
+
+    Example:
+        Two labels of eight:
+
+        >>> share_of({"num_items_in_batch": 8, "labels": torch.tensor([0, 1])}, None)
+        tensor(0.2500)
+    """
+    items, labels = batch.get("num_items_in_batch"), batch.get("labels")
+    if items is None:
+        return 1.0
+    if isinstance(labels, Tensor) and (labels.ndim == 1 or labels.is_floating_point()):
+        # labels here / labels in the step; -100 marks labels that Trainer does not count
+        return labels.ne(-100).sum() / torch.as_tensor(items, device=labels.device)
+    if micro_batches is not None:
+        return 1 / micro_batches
+    if _steps_after_this_batch() and int(items) in _label_counts(batch):
+        return 1.0
+    raise RuntimeError(
+        "num_items_in_batch came, and the labels do not tell how many micro-batches share the optimizer step. With "
+        "transformers' Trainer, add attncongruence.integrations.huggingface.CongruenceCallback() to its callbacks; in "
+        "your own loop, set regularizer.micro_batches to their number, over all processes."
+    )
+
+
+def _steps_after_this_batch() -> bool:
+    """Whether Accelerate is in use, in one process, and the optimizer will step after this micro-batch."""
+    state = sys.modules.get("accelerate.state")
+    if state is None or not state.is_initialized():
+        return False
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and torch.distributed.get_world_size() > 1:
+        return False
+    return bool(state.GradientState().sync_gradients)
+
+
+def _label_counts(batch: Batch) -> list[int]:
+    """The number of labels, as Trainer may count them: all, or without the first one for a causal model."""
+    labels = [batch[name] for name in ("labels", "shift_labels") if isinstance(batch.get(name), Tensor)]
+    return [int(x.ne(-100).sum()) for label in labels for x in (label, label[..., 1:])]
 
 
 def loss_in(output: Any) -> Tensor | None:
-    """The loss that a model returned: `.loss`, `["loss"]`, the first of a tuple, or the output itself.
+    """The loss in a model's output: `.loss`, `["loss"]`, the first of a tuple, or the output itself.
 
-    Args:
-        output: whatever the model returned.
-
-    Returns:
-        A tensor with one floating-point number, or None where the output has no such thing.
+    A floating-point tensor of one element; None if the output has none.
 
     Example:
         >>> loss_in((torch.tensor(2.0), torch.zeros(3, 4))), loss_in({"logits": torch.zeros(3, 4)})
@@ -71,7 +110,9 @@ def loss_in(output: Any) -> Tensor | None:
     loss = output
     if isinstance(output, Mapping):
         loss = output.get("loss")
-    elif _has_field(output):
+    elif isinstance(output, Tensor):
+        pass
+    elif hasattr(output, "loss"):
         loss = output.loss
     elif isinstance(output, tuple | list):
         loss = output[0] if output else None
@@ -79,7 +120,7 @@ def loss_in(output: Any) -> Tensor | None:
 
 
 def with_loss(output: Any, loss: Tensor) -> Any:
-    """The same output with another loss; the model's own object stays as it is.
+    """A copy of a model's output with another loss.
 
     Example:
         >>> with_loss((torch.tensor(2.0), "logits"), torch.tensor(3.0))
@@ -91,7 +132,7 @@ def with_loss(output: Any, loss: Tensor) -> Any:
         mapping = copy.copy(output)
         mapping["loss"] = loss
         return mapping
-    if _has_field(output):
+    if hasattr(output, "loss"):
         if hasattr(output, "_replace"):
             return output._replace(loss=loss)
         if dataclasses.is_dataclass(output) and not isinstance(output, type):
@@ -103,10 +144,6 @@ def with_loss(output: Any, loss: Tensor) -> Any:
     return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
 
 
-def _has_field(output: Any) -> bool:
-    return not isinstance(output, Tensor) and hasattr(output, "loss")
-
-
 def describe(output: Any) -> str:
     """An output in a few words, for an error message."""
     if isinstance(output, Mapping):
@@ -114,44 +151,3 @@ def describe(output: Any) -> str:
     if isinstance(output, Tensor):
         return f"a tensor of shape {tuple(output.shape)}"
     return "None" if output is None else f"a {type(output).__name__}"
-
-
-def samples(positives: Positives, batch_size: int, device: torch.device) -> Tensor:
-    """Matched pairs as an index or a mask that fits the batch.
-
-    Args:
-        positives: `(batch,)` bool, or indices of samples.
-        batch_size: samples in the batch.
-        device: where the record lives.
-
-    Raises:
-        ValueError: a mask of another length, an index out of range, or one sample twice: 0 and 1 as an index pick the
-            first two samples, and as a mask they have to be bool.
-
-    Example:
-        >>> samples([True, False], 2, torch.device("cpu"))
-        tensor([ True, False])
-    """
-    picked = torch.as_tensor(positives, device=device)
-    if picked.dtype == torch.bool:
-        if picked.shape != (batch_size,):
-            raise ValueError(
-                f"positives is a mask of shape {tuple(picked.shape)}, and the batch has {batch_size} samples: "
-                f"it must have shape ({batch_size},), True at matched pairs"
-            )
-        return picked
-    if picked.numel() == 0:
-        return picked.new_zeros(0, dtype=torch.long)
-    if picked.is_floating_point() or picked.ndim != 1:
-        raise ValueError(
-            f"positives is {picked.dtype} of shape {tuple(picked.shape)}: it must be a bool mask or a list of indices. "
-            "Labels make a mask with labels == 1"
-        )
-    indices = picked.tolist()
-    in_range = all(-batch_size <= index < batch_size for index in indices)
-    if not in_range or len({index % batch_size for index in indices}) < len(indices):
-        raise ValueError(
-            f"positives={indices} is an index of integers, which must name samples 0 to {batch_size - 1} once "
-            "each. Where 1 means matched and 0 not, make it a mask: positives == 1"
-        )
-    return picked.long()

@@ -13,62 +13,64 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from attncongruence._typing import number
+from attncongruence.blocks import NText
+from attncongruence.capture import CapturedAttention
 from attncongruence.capture.hooks import uncompiled_hook
 from attncongruence.capture.session import AttentionCapture, Layers, unwrapped
 from attncongruence.capture.watch import recomputing
-from attncongruence.training import reasons
-from attncongruence.training.outputs import batch_of, loss_in, with_loss
-from attncongruence.training.schedules import Schedule
-from attncongruence.training.share import Share, share_of
-from attncongruence.training.shim import ForwardShim, PartsOf, StepShim
-from attncongruence.training.steps import holds, listeners, steps_of
-from attncongruence.training.term import Layout, Loss, PickMask, PickPositives, Term
+from attncongruence.training.outputs import Batch, batch_of, describe, loss_in, share_of, with_loss
+from attncongruence.training.shim import ForwardShim, TrainingStepShim, optimizer_steps
+from attncongruence.training.term import CongruenceTerm, LossFunction, Positives
 
 
 def regularize(
     model: nn.Module,
-    loss: Loss,
-    n_text: int | None = None,
+    loss: LossFunction,
+    n_text: NText | Callable[[Batch, CapturedAttention], NText],
     *,
-    layout: Layout | None = None,
     layers: Layers = -1,
-    weight: Schedule | float = 1.0,
-    positives: PickPositives | None = None,
-    mask: PickMask | None = None,
+    weight: float | Callable[[int], float] = 1.0,
+    positives: Positives | Callable[[Batch], Positives] | None = None,
+    mask: str | Callable[[Batch], Tensor] | None = None,
 ) -> Regularizer:
     """Adds `weight(step) * loss` to the loss that the model returns, each time it runs in training mode.
 
         main + weight(step) * mean over layers of loss(captured layer, n_text)
 
-    Trainer, optimiser and model stay as they are; nothing happens in eval mode, with gradients off or after `close()`.
-    A step is one step of any `torch.optim` optimiser that holds parameters of the model, counted from 0, however many
-    micro-batches went into it. Losses that transformers' `Trainer` scales by `num_items_in_batch` are met with the
-    share that makes accumulated micro-batches equal one large batch.
+    Trainer, optimizer and model stay as they are. Nothing is added in eval mode, with gradients off or after `close()`.
+    A step is one step of any `torch.optim` optimizer that holds parameters of the model, counted from 0, whatever the
+    number of micro-batches in it. Where transformers' `Trainer` divides the loss by `num_items_in_batch`, the added
+    loss is scaled to match, so that accumulated micro-batches equal one large batch.
+
+    Functions of the batch get a mapping: what the model was called with, by the names of its parameters. Those for
+    `positives` and `mask` are called with the batch alone, once for each forward pass: they describe samples, whatever
+    the layer.
 
     Args:
-        model: returns its loss as `.loss`, `["loss"]`, the first of a tuple, or alone; best given before it is first
-            run compiled. It may be wrapped later (DDP, FSDP, `torch.compile`, Accelerate, PEFT). A `LightningModule`
-            is met in its `training_step`.
+        model: returns its loss as `.loss`, `["loss"]`, the first of a tuple, or alone. Call `regularize` before its
+            first compiled run. It may be wrapped later (DDP, FSDP, `torch.compile`, Accelerate, PEFT). For a
+            `LightningModule` the loss is added to what `training_step` returns.
         loss: `CACRLoss(...)`, `IAISLoss(...)`, or a function of `(captured, n_text)` that returns one number.
-        n_text: number of text tokens, which come first. Or else:
-        layout: a `TokenLayout`, or a function of the batch that returns one, an int, or a `(batch,)` tensor. The batch
-            is a mapping: what the model was called with, by parameter name. A function with a parameter `captured`
-            is called for each captured layer, with that, as `token_layout` wants it.
+        n_text: number of text tokens, which come first; a `(batch,)` integer tensor with one such number for each
+            sample; a `TokenLayout`; or a function `(batch, captured)` that returns one of these. The function is called
+            with both, positionally, once for each captured layer: `functools.partial(token_layout, model)` is one. A
+            wrong `n_text` is not detected; check it with the doctor.
         layers: as in `capture_attention`; the losses of several layers are averaged.
-        weight: lambda, a number >= 0 or a schedule, step -> weight.
-        positives: which samples count: a `(batch,)` bool mask, indices, or a function of the batch; None: all. Leave
-            negatives of image-text matching out. Where none is left the loss is exactly 0, with a graph.
-        mask: name of a batch entry or function of the batch that gives the loss its mask; None: what the captured
-            layer masks.
+        weight: lambda, a number >= 0 or a schedule: any function step -> weight.
+        positives: which samples count: a `(batch,)` bool mask, indices, or a function `(batch)`; None: all. Leave out
+            the negatives of image-text matching. If no sample is left, the loss is exactly 0 and has a graph.
+        mask: the mask to pass to the loss: the name of a batch entry, or a function `(batch)`; None: the loss uses what
+            the captured layer masks.
 
     Returns:
-        A `Regularizer`; it lives as long as the model, also where nobody keeps it.
+        A `Regularizer`. It lives as long as the model, even if you do not keep it.
 
     Raises:
-        ValueError: not exactly one of `n_text` and `layout`; a weight < 0; no such layer. In training: a model that
-            returns no loss, a loss that is not one number, positives that do not fit the batch.
-        RuntimeError: nothing was captured (the message says why); an optimiser steps on a model that never ran through
-            here; a share that cannot be known.
+        ValueError: an `n_text` of another type, or a function that does not take `(batch, captured)`; a weight < 0; no
+            such layer. In training: a model that returns no loss, a loss that is not one number, positives that do not
+            fit the batch.
+        RuntimeError: nothing was captured (the message says why); an optimizer steps on a model that was never
+            regularized; the micro-batch's weight in the step cannot be known.
 
     Example:
         One text token of score log 3, one of 0, one image token of 0: as in `cacr_loss`, the first row differs by
@@ -84,35 +86,38 @@ def regularize(
         >>> regularizer.last.congruence, added
         (tensor(0.1373), tensor(0.0687, grad_fn=<SubBackward0>))
     """
-    return Regularizer(model, Term(loss, n_text, layout, positives, mask), layers, weight)
+    return Regularizer(model, CongruenceTerm(loss, n_text, positives, mask), layers, weight)
 
 
 @dataclass(frozen=True)
 class LossParts:
-    """What the last forward pass in training was made of, detached, for logs."""
+    """The parts of the loss `main + weight * share * congruence` in one forward pass, detached, for logs."""
 
     main: Tensor
-    """The model's own loss, as it returned it."""
+    """The model's own loss."""
     congruence: Tensor
     """The mean of the layers' losses in nats, before the weight."""
     weight: float
+    """The weight at this step."""
     step: int
-    """Optimiser steps taken before it."""
-    share: Share
-    """1, or this micro-batch's share of the optimiser step: added was `weight * share * congruence`."""
+    """Optimizer steps before this forward pass."""
+    share: float | Tensor
+    """This micro-batch's weight in the optimizer step; 1 where the training loop averages micro-batches itself."""
 
 
 class Regularizer:
-    """What `regularize` put on a model.
+    """The hooks that `regularize` put on a model, and the count of its optimizer steps.
 
     Attributes:
-        last: `LossParts` of the last forward pass in training; None before.
-        step: optimiser steps since it was made or loaded; may be set.
-        micro_batches: among how many micro-batches, of all processes, one optimiser step shares `num_items_in_batch`;
-            None where it is not known. `CongruenceCallback` sets it. Only losses scaled by that number need it.
+        last: `LossParts` of the last forward pass in training; None before the first.
+        step: optimizer steps since it was made or loaded; may be set.
+        micro_batches: number of micro-batches, over all processes, in one optimizer step; None if not known. Only
+            models that divide their loss by `num_items_in_batch` need it, and `CongruenceCallback` sets it.
     """
 
-    def __init__(self, model: nn.Module, term: Term, layers: Layers, weight: Schedule | float) -> None:
+    def __init__(
+        self, model: nn.Module, term: CongruenceTerm, layers: Layers, weight: float | Callable[[int], float]
+    ) -> None:
         if not callable(weight):
             number("weight", weight)
             if not 0 <= weight < math.inf:
@@ -122,61 +127,86 @@ class Regularizer:
         self.model = unwrapped(model)
         self._term, self._weight = term, weight
         if any(str(other._term.loss) == str(term.loss) for other in _open_on({self.model})):
-            warnings.warn(reasons.TWICE.format(type(self.model).__name__, term.loss), stacklevel=4)
+            warnings.warn(
+                f"{type(self.model).__name__} is regularized with {term.loss} already, and both are added from now on. "
+                "If a cell or a script ran twice, close() the first, regularizer.close(), or build the model again.",
+                stacklevel=3,
+            )
         self.last: LossParts | None = None
         self.step = 0
         self.micro_batches: int | None = None
-        self._forwards = 0  # regularised ones since the last optimiser step
+        self._passes = 0  # regularized forward passes since the last optimizer step
         self._ran = self._ran_in_eval = self._checked_resume = False
-        in_step = callable(getattr(self.model, "training_step", None))
-        self._capture = AttentionCapture(PartsOf(self.model) if in_step else model, layers)
-        self._undo = [self._capture.close, *self._attach(in_step)]
-        listeners.add(self)
+        if callable(getattr(self.model, "training_step", None)):
+            # Lightning calls training_step, which only under DDP runs as the module's forward. Its children always run.
+            watched = nn.Module()
+            for name, child in self.model.named_children():
+                watched.add_module(name, child)
+            self._capture = AttentionCapture(watched, layers)
+            undo = [TrainingStepShim(self.model, self._after_training_step).remove]
+        else:
+            self._capture = AttentionCapture(model, layers)
+            hook, shim = uncompiled_hook(), ForwardShim(self.model)
+            before = self.model.register_forward_pre_hook(hook(shim.before_forward))
+            after = self.model.register_forward_hook(hook(self._after_forward), with_kwargs=True)
+            undo = [shim.remove, before.remove, after.remove]
+        self._undo = [self._capture.close, *undo]
+        optimizer_steps.add(self)
 
-    def _attach(self, in_step: bool) -> list[Callable[[], None]]:
-        if in_step:
-            return [StepShim(self.model, self._after_training_step).remove]
-        hook, shim = uncompiled_hook(), ForwardShim(self.model)
-        before = self.model.register_forward_pre_hook(hook(shim.enter))
-        after = self.model.register_forward_hook(hook(self._after_forward), with_kwargs=True)
-        return [shim.remove, before.remove, after.remove]
-
-    def stepped(self, optimizer: Optimizer) -> None:
-        """After a step of any optimiser of torch: counts it, if it trains this model."""
-        if not holds(optimizer, self.model):
+    def on_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Counts a step of any torch optimizer, if it trains this model."""
+        # Compared at each step: FSDP replaces the model's parameters.
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not any(id(parameter) in trained for parameter in self.model.parameters()):
             return
         if not self._ran:
-            raise RuntimeError(reasons.never_ran(self.model, in_eval=self._ran_in_eval))
+            cause = (
+                "it ran in eval mode only: call model.train() before training"
+                if self._ran_in_eval
+                else "its hooks never ran. If the loop calls a part of it, regularize that; if it was compiled and had "
+                "run, call regularize before the first compiled run; if a copy trains (another process, deepcopy), "
+                "call regularize there"
+            )
+            raise RuntimeError(
+                f"an optimizer took a step on the parameters of {type(self.model).__name__}, which is regularized, but "
+                f"nothing was ever added to its loss: {cause}. If this is intended, close() the regularizer."
+            )
         self.count_step()
         if not self._checked_resume:
             self._checked_resume = True
-            done = steps_of(optimizer)
+            state: dict[str, Any] = next(iter(optimizer.state.values()), {})
+            done = int(state.get("step", 0))  # SGD counts none
             if done > self.step and callable(self._weight):
-                warnings.warn(reasons.RESUMED.format(done, self.step), stacklevel=2)
+                warnings.warn(
+                    f"the optimizer has made {done} steps and the regularizer counts {self.step}, so the schedule "
+                    "started again. If the run was resumed, restore the step with load_state_dict (CongruenceCallback "
+                    "and accelerator.register_for_checkpointing do so), or set regularizer.step.",
+                    stacklevel=2,
+                )
 
     def count_step(self) -> None:
-        """Counts one optimiser step, unless the model has not run since the last one.
+        """Counts one optimizer step, unless the model has not run since the last one.
 
-        Only for optimisers that no hook of `torch.optim` sees: those that hold copies of the parameters, as DeepSpeed's
-        do. Where the step was seen, calling this as well changes nothing.
+        Only for optimizers that `torch.optim` hooks do not see, such as DeepSpeed's, which hold copies of the
+        parameters. If the step was already counted, this changes nothing.
         """
-        if self._forwards:
+        if self._passes:
             self.step += 1
-        self._forwards = 0
+        self._passes = 0
 
     def state_dict(self) -> dict[str, int]:
         """The step, for a checkpoint."""
         return {"step": self.step}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Goes on where `state_dict` was taken."""
-        self.step, self._forwards = int(state["step"]), 0
+        """Continues from the step that `state_dict` returned."""
+        self.step, self._passes = int(state["step"]), 0
 
     def close(self) -> None:
-        """Takes everything off: the model is as it was found."""
+        """Removes all hooks: the model is as it was before `regularize`."""
         while self._undo:
             self._undo.pop()()
-        listeners.remove(self)
+        optimizer_steps.remove(self)
 
     def __enter__(self) -> Regularizer:
         return self
@@ -188,28 +218,38 @@ class Regularizer:
         return f"Regularizer({type(self.model).__name__}, {self._term.loss}, step={self.step})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        raise TypeError(reasons.NOT_COPIED)
+        raise TypeError(
+            "a Regularizer is the hooks on one model in one process and can be neither copied nor pickled. Call "
+            "regularize on the copy, or in the process that trains, and pass the step on with state_dict()."
+        )
 
     def _after_forward(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:  # a hook: None leaves the output as it is
-        if model is not self.model:  # a shallow copy
+    ) -> Any | None:  # a forward hook: None leaves the output as it is
+        if model is not self.model:  # a shallow copy of the model
             return None
         if recomputing() and torch.is_grad_enabled() and model.training:
-            raise RuntimeError(reasons.WHOLE_CHECKPOINTED)
-        return self._regularized(model.forward, args, kwargs, output)
+            raise RuntimeError(
+                "the whole regularized model runs inside torch.utils.checkpoint, which runs it again in backward "
+                "without the added loss. Checkpoint its layers (gradient_checkpointing_enable() in transformers)."
+            )
+        return self._add_loss(model.forward, args, kwargs, output)
 
     def _after_training_step(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if output is None:  # Lightning skips this step
             self._capture.forget()
             return None
         if not getattr(self.model, "automatic_optimization", True):
-            raise RuntimeError(reasons.MANUAL_OPTIMIZATION)
-        changed = self._regularized(self.model.training_step, args, kwargs, output)
+            raise RuntimeError(
+                "this LightningModule optimizes by hand (automatic_optimization=False), so the loss that training_step "
+                "returns is not used. Regularize the network inside it, if that returns a loss, or add the loss before "
+                "manual_backward: main + weight * cacr_loss(capture.pop(), n_text=...)."
+            )
+        changed = self._add_loss(self.model.training_step, args, kwargs, output)
         return output if changed is None else changed
 
-    def _regularized(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any | None:
-        """The output with the loss added; None where nothing is to be done."""
+    def _add_loss(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any | None:
+        """The output of a call with the loss added; None if there is nothing to add."""
         try:
             if not torch.is_grad_enabled():
                 return None
@@ -218,17 +258,21 @@ class Regularizer:
                 return None
             main = loss_in(output)
             if main is None:
-                raise ValueError(reasons.no_loss(self.model, output))
+                raise ValueError(
+                    f"{type(self.model).__name__} ran in training mode and returned no loss ({describe(output)}): "
+                    "regularize adds to .loss, ['loss'], the first of a tuple, or the output itself. Pass labels, so "
+                    "that it returns one; put it in eval() if it is not trained; or, if the loss is computed outside "
+                    "of the model, add main + weight * cacr_loss(capture.pop(), n_text=...) there. transformers' "
+                    "Trainer does not pass labels if it has a compute_loss_func or a label_smoothing_factor."
+                )
             batch = batch_of(function, args, kwargs)
             congruence = self._term(batch, self._capture.pop_all())
             share = share_of(batch, self.micro_batches)
-            if share is None:
-                raise RuntimeError(reasons.SHARE_UNKNOWN)
         finally:
             self._capture.forget()
         share = share.to(congruence.device) if isinstance(share, Tensor) else share
         weight = self._weight(self.step) if callable(self._weight) else self._weight
-        self._forwards += 1
+        self._passes += 1
         self._ran = True
         self.last = LossParts(main.detach(), congruence.detach(), weight, self.step, share)
         # main + lambda(step) * share * congruence, in the main loss's own dtype
@@ -236,19 +280,16 @@ class Regularizer:
 
 
 def _open_on(modules: set[nn.Module]) -> list[Regularizer]:
-    return [open for open in listeners.all if isinstance(open, Regularizer) and open.model in modules]
+    """The open regularizers of these modules."""
+    return [r for r in optimizer_steps.listeners if isinstance(r, Regularizer) and r.model in modules]
 
 
-def the_regularizer(model: nn.Module) -> Regularizer:
-    """The open regularizer of a model or of one of its parts, for callbacks.
-
-    Raises:
-        ValueError: there is none, or there are several.
-    """
+def find_regularizer(model: nn.Module) -> Regularizer:
+    """The one open regularizer of a model or of one of its parts, for callbacks."""
     found = _open_on(set(model.modules()))
     if len(found) != 1:
         raise ValueError(
-            f"{type(model).__name__} has {len(found)} open regularizers, and the callback goes with one: call "
-            "regularize(model, ...) before training, and pass what it returns to the callback where there are several"
+            f"{type(model).__name__} has {len(found)} open regularizers, and the callback needs one: call "
+            "regularize(model, ...) before training, and pass what it returns to the callback if there are several"
         )
     return found[0]
