@@ -18,19 +18,23 @@ from attncongruence import (
     AttentionBlocks,
     CACRLoss,
     IAISLoss,
+    QueryKey,
     TokenLayout,
     cacr_loss,
     hard_equivalence_loop,
     iais_loss,
+    losses,
     soft_equivalence_loop,
     split_attention,
     symmetric_kl,
 )
+from attncongruence.losses import congruence_loss
 from tests.helpers.problems import (
     CASES,
     CONVENTIONS,
     DIRECTIONS,
     KINDS,
+    Synchronizations,
     assert_close,
     fast,
     make_problem,
@@ -505,3 +509,91 @@ def test_rejects_a_vision_side_without_VL():
             cacr_loss(blocks, direction=direction)
     with pytest.raises(ValueError, match="these blocks have no VL"):
         iais_loss(blocks, direction="language", alignment="distributed")
+
+
+# ---------------------------------------------------------------- a loss of one's own is one entry
+
+
+def mean_difference(maps, convention):
+    """How far the head-mean maps of text and of the image, seen through E, differ: a loss that no paper has."""
+    R = maps.LV @ maps.VV @ maps.LV.mT
+    counted = torch.ones_like(R, dtype=torch.bool) if maps.counted.LL is None else maps.counted.LL
+    return losses.Comparison(R, maps.LL, maps.counted.LL, ((R - maps.LL).square() * counted).sum(-1))
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    monkeypatch.setitem(losses.LOSSES, "difference", losses.CongruenceLoss("difference", mean_difference))
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_registered_loss_needs_nothing_else():
+    blocks = split_attention(S, 3)
+    LL, LV, VL, VV = (b.softmax(-1).mean(1) for b in (blocks.LL, blocks.LV, blocks.VL, blocks.VV))
+    by_hand = (LV @ VV @ LV.mT - LL).square().sum(-1).mean(-1), (VL @ LL @ VL.mT - VV).square().sum(-1).mean(-1)
+    for direction, expected in zip(("language", "vision", "both"), (*by_hand, sum(by_hand)), strict=True):
+        value = congruence_loss("difference", S, 3, direction=direction, reduction="none")
+        assert_close(value, expected, 1e-14)
+    # Padding, layouts and gradients come with it.
+    padded = torch.nn.functional.pad(S, (0, 2, 0, 2), value=7.0)
+    mask = (torch.arange(S.shape[-1] + 2) < S.shape[-1]).expand(len(S), -1)
+    assert_close(congruence_loss("difference", padded, 3, mask=mask), congruence_loss("difference", S, 3), 1e-14)
+    scores = S.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: congruence_loss("difference", x, 3), scores)
+    with pytest.raises(ValueError, match="the loss 'difference' has no streaming form: use impl='auto'"):
+        congruence_loss("difference", S, 3, impl="streaming")
+
+
+def test_an_unknown_loss_is_refused():
+    with pytest.raises(ValueError, match="loss='soft' is not known: it must be one of 'cacr', 'singular'"):
+        congruence_loss("soft", S, 3)
+
+
+@every_case
+def test_congruence_loss_is_each_loss_by_its_name(name, convention):
+    by_name = congruence_loss(name, S, 3, convention=CONVENTIONS[convention])
+    assert_close(by_name, fast(name, S, 3, convention=convention), 0)
+
+
+# ---------------------------------------------------------------- names of conventions, synchronizations
+
+
+@pytest.mark.parametrize("name", ["released", "printed", "weighted_mean"])
+def test_a_convention_by_its_name(name):
+    convention = CONVENTIONS[name.upper()]
+    assert_close(cacr_loss(S, 3, convention=name), cacr_loss(S, 3, convention=convention), 0)
+    assert_close(soft_equivalence_loop(S, 3, convention=name), soft_equivalence_loop(S, 3, convention=convention), 0)
+    assert CACRLoss(name).convention == IAISLoss(name).convention == convention
+
+
+def padding(kind, length):
+    mask = torch.ones(2, length, dtype=torch.bool)
+    mask[0, 2] = False
+    pairs = mask[:, None, None].expand(2, 1, length, length)
+    causal = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+    return {"none": None, "tokens": mask, "spread": pairs, "copied": pairs.contiguous(), "causal": causal}[kind]
+
+
+@pytest.mark.parametrize("length", [9, 300])
+@pytest.mark.parametrize(
+    ("n_text", "mask", "expected"),
+    [
+        (4, "none", 0),
+        (4, "tokens", 0),
+        (4, "spread", 0),
+        (4, "copied", 1),
+        (4, "causal", 1),
+        ("layout", "tokens", 0),
+        ("tensor", "none", 1),
+        ("tensor", "causal", 2),
+    ],
+)
+def test_synchronizations(length, n_text, mask, expected):
+    where = {"layout": TokenLayout.from_n_text(4, length), "tensor": torch.tensor([4, 3])}.get(n_text, n_text)
+    source, mask = QueryKey(randn(2, 2, length, 4), randn(2, 2, length, 4)), padding(mask, length)
+    for attention in (source, source.scores):
+        with Synchronizations() as seen:
+            cacr_loss(
+                attention, where, mask=mask, direction="vision", impl="dense" if attention is not source else "auto"
+            )
+        assert seen.count == expected, seen.names

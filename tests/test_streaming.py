@@ -383,8 +383,8 @@ def test_a_captured_layer_with_padding(name, convention):
 def taken(monkeypatch, loss):
     """Which form a loss takes."""
     seen = []
-    original = per_sample.per_sample
-    monkeypatch.setattr(per_sample, "per_sample", lambda *args: seen.append("streaming") or original(*args))
+    original = losses.per_sample
+    monkeypatch.setattr(losses, "per_sample", lambda *args: seen.append("streaming") or original(*args))
     loss()
     return seen or ["dense"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Integer
@@ -110,9 +110,7 @@ class AttentionBlocks:
             >>> AttentionBlocks.from_streams(LL=S(1, 2, 2), LV=S(1, 2, 3), VV=S(1, 3, 3)).image_mask.shape
             torch.Size([1, 3])
         """
-        scores, pairs = zip(
-            *((x.scores, x.allowed) if hasattr(type(x), "scores") else (x, None) for x in (LL, LV, VL, VV)), strict=True
-        )
+        scores, pairs = zip(*map(_scores_and_pairs, (LL, LV, VL, VV)), strict=True)
         return _join(*scores, text_mask, image_mask, *pairs)
 
 
@@ -295,6 +293,11 @@ def _with_pairs(where: Located, pairs: Tensor, pairs_known: bool) -> Located:
             return where
         sees = (LV, VL) if some else (True, True)
     return replace(where, allowed=allowed, sees=sees)
+
+
+def _scores_and_pairs(x: Any) -> tuple[Any, Tensor | None]:
+    # `_join` checks what is neither a tensor nor a source.
+    return (x.scores, x.allowed) if hasattr(type(x), "scores") else (x, None)
 
 
 @checked

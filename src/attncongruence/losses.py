@@ -13,30 +13,15 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from attncongruence._typing import (
-    Alignment,
-    Direction,
-    Impl,
-    Reduction,
-    checked,
-    no_autocast,
-    one_of,
-    readable,
-)
-from attncongruence.blocks import (
-    Attention,
-    AttentionBlocks,
-    Located,
-    NText,
-    cut,
-    locate,
-    which_see,
-)
+from attncongruence._typing import Alignment, Direction, Impl, Reduction, checked, no_autocast, one_of
+from attncongruence.blocks import Attention, AttentionBlocks, Located, NText, cut, locate
 from attncongruence.conventions import RELEASED, Convention, ConventionLike, as_convention
 from attncongruence.divergence import distributed_kl, m_kl
 from attncongruence.layout import Mask
 from attncongruence.maps import (
+    REMEDY,
     Maps,
+    check_seen,
     equivalence,
     fill,
     log_attention_map,
@@ -45,8 +30,9 @@ from attncongruence.maps import (
     sides,
     zero_losses,
 )
-from attncongruence.streaming import forms, per_sample
-from attncongruence.streaming.per_sample import SHORTEST, streaming_or_dense
+from attncongruence.streaming import forms
+from attncongruence.streaming.forms import Form
+from attncongruence.streaming.per_sample import SHORTEST, per_sample, streaming_or_dense
 
 DIRECTIONS, REDUCTIONS, IMPLS = ("both", "language", "vision"), ("mean", "sum", "none"), ("auto", "dense", "streaming")
 
@@ -160,6 +146,23 @@ def iais_loss(
     return evaluate(LOSSES[alignment], attention, n_text, mask, convention, direction, reduction, impl)
 
 
+@checked
+def congruence_loss(
+    loss: str,
+    attention: Attention,
+    n_text: NText | None = None,
+    *,
+    mask: Mask | None = None,
+    convention: ConventionLike = RELEASED,
+    direction: Direction = "both",
+    reduction: Reduction = "mean",
+    impl: Impl = "auto",
+) -> Float[Tensor, "..."]:
+    """Any loss by its name in `LOSSES`; all other arguments, errors and the result are those of `cacr_loss`."""
+    one_of("loss", loss, tuple(LOSSES))
+    return evaluate(LOSSES[loss], attention, n_text, mask, convention, direction, reduction, impl)
+
+
 class Comparison(NamedTuple):
     """What one side of a loss compares, row by row; all `(batch, heads, N, N)` but the last."""
 
@@ -209,14 +212,14 @@ class CongruenceLoss:
     name: str
     dense: Callable[[Maps, Convention], Comparison]
     """Its language side, all maps built."""
-    streaming: forms.Form | None = None
-    """The same from queries and keys, in linear memory; None: there is no such form."""
+    streaming: Form | None = None
+    """The same from queries and keys, in linear memory."""
     needs: tuple[str, ...] = ("LV",)
     """The cross-modal blocks of its language side: LV, or LV and VL."""
     on_scores: bool = True
     """Whether it is defined for conventions on raw scores."""
     logits: bool = True
-    """Whether it compares logits, whose softmax is the distribution; else it compares probabilities."""
+    """Whether it compares logits, of which a softmax is taken; else probabilities."""
 
 
 LOSSES = {
@@ -240,7 +243,7 @@ def evaluate(
     reduction: Reduction,
     impl: Impl,
 ) -> Tensor:
-    """A loss over the batch: reads the input once, computes each sample's loss, reduces. Arguments as `cacr_loss`."""
+    """A loss over the batch: reads the input once, computes each sample's loss, reduces."""
     convention = check_options(loss, convention, direction, reduction, impl)
     where, streams = None, False
     given = isinstance(attention, (Tensor, AttentionBlocks))  # torch.compile of torch 2.6 cannot trace A | B here
@@ -250,7 +253,7 @@ def evaluate(
         assert where is not None
         assert loss.streaming is not None
         text, image = where.text, where.image
-        losses = per_sample.per_sample(attention, where, loss.streaming, convention, direction)
+        losses = per_sample(attention, where, loss.streaming, convention, direction)
     else:
         blocks = read_blocks(loss, attention, n_text, mask, convention, direction, where)
         text, image = blocks.text_mask, blocks.image_mask
@@ -287,7 +290,7 @@ def read_blocks(
     direction: str,
     where: Located | None = None,
 ) -> AttentionBlocks:
-    """The 4-D blocks of whatever a loss was given, or a ValueError where the loss is not defined on them."""
+    """The 4-D blocks of what a loss was given; a ValueError where the loss is not defined on them."""
     if isinstance(attention, AttentionBlocks):
         if n_text is not None or mask is not None:
             raise ValueError("AttentionBlocks carry their own boundary and masks: leave n_text and mask out")
@@ -303,7 +306,7 @@ def read_blocks(
     for name in ("LL", "VV", *sorted(cross)):
         block = getattr(blocks, name)
         if block is None:
-            raise ValueError(f"these blocks have no {name}, which this loss and direction need: {_REMEDY[name]}")
+            raise ValueError(f"these blocks have no {name}, which this loss and direction need: {REMEDY[name]}")
         heads.append(block.shape[1])
     if 0 in heads:
         raise ValueError("the attention has 0 heads: a loss is a mean over heads and needs at least one")
@@ -313,30 +316,11 @@ def read_blocks(
             "use a convention with heads='mean_map'"
         )
     if blocks.allowed is not None:
-        _check_seen(blocks, cross)
+        check_seen(blocks, cross)
     return blocks
 
 
-def _check_seen(blocks: AttentionBlocks, cross: set[str]) -> None:
-    """A ValueError where the model's mask hides a whole block, as that of a causal decoder does."""
-    assert blocks.allowed is not None
-    sees = blocks._sees
-    if sees is None and readable(blocks.LL, *blocks.allowed):
-        some, *found = which_see(blocks.text_mask, blocks.image_mask, blocks.allowed)
-        sees = (found[0], found[1]) if some else None
-    for name, seen in zip(("LV", "VL"), sees or (), strict=False):
-        if name in cross and not seen:
-            raise ValueError(
-                f"no pair of {name} may attend, as in causal decoders: {_REMEDY[name]}. If that is not so in this "
-                "model, n_text or the layout is wrong: where does the image stand?"
-            )
-
-
 _SWAPPED = {"LV": "VL", "VL": "LV"}
-_REMEDY = {
-    "LV": "text tokens must see image tokens; direction='vision' of cacr_loss or of singular alignment does without",
-    "VL": "image tokens must see text tokens; direction='language' of cacr_loss or of singular alignment does without",
-}
 
 
 def _dense(loss: CongruenceLoss, blocks: AttentionBlocks, convention: Convention, direction: str) -> Tensor:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attncongruence._typing import at_least_float32
-from attncongruence.blocks import AttentionBlocks, Quadrants, both_modalities, outer
+from attncongruence._typing import at_least_float32, readable
+from attncongruence.blocks import AttentionBlocks, Quadrants, both_modalities, outer, which_see
 from attncongruence.conventions import Convention
 
 Masks = Quadrants[Tensor | None]
@@ -74,6 +74,28 @@ def entries(blocks: AttentionBlocks) -> Masks:
     if blocks.allowed is None:
         return masks  # type: ignore[return-value]
     return Quadrants(*(mask & pairs for mask, pairs in zip(masks, blocks.allowed, strict=True)))
+
+
+def check_seen(blocks: AttentionBlocks, cross: set[str]) -> None:
+    """A ValueError where the model's mask hides a whole block, as that of a causal decoder does."""
+    assert blocks.allowed is not None
+    sees = blocks._sees
+    if sees is None and readable(blocks.LL, *blocks.allowed):
+        some, *found = which_see(blocks.text_mask, blocks.image_mask, blocks.allowed)
+        sees = (found[0], found[1]) if some else None
+    for name, seen in zip(("LV", "VL"), sees or (), strict=False):
+        if name in cross and not seen:
+            raise ValueError(
+                f"no pair of {name} may attend, as in causal decoders: {REMEDY[name]}. If that is not so in this "
+                "model, n_text or the layout is wrong: where does the image stand?"
+            )
+
+
+REMEDY = {
+    "LV": "text tokens must see image tokens; direction='vision' of cacr_loss or of singular alignment does without",
+    "VL": "image tokens must see text tokens; direction='language' of cacr_loss or of singular alignment does without",
+}
+"""What a loss needs where a cross-modal block is missing or hidden, and what does without it."""
 
 
 def counted_entries(masks: Masks, convention: Convention, pairs: bool) -> Masks:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from attncongruence import (
     PRINTED,
@@ -140,3 +141,23 @@ def assert_close(a: Tensor, b: Tensor, tolerance: float) -> None:
     assert a.shape == b.shape
     scale = max(1.0, float(b.detach().abs().max())) if b.numel() else 1.0
     torch.testing.assert_close(a, b, rtol=0, atol=tolerance * scale)
+
+
+class Synchronizations(TorchFunctionMode):
+    """Counts what makes the host wait for a device: reading values of tensors."""
+
+    READS = ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "nonzero", "cpu", "numpy")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    @property
+    def count(self) -> int:
+        """How often the host waited."""
+        return len(self.names)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self.READS:
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
