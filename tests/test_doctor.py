@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attncongruence import PRINTED, TokenLayout, cacr_loss, capture_attention, iais_loss
 from attncongruence.doctor import examine
-from attncongruence.doctor.text import as_text
+from attncongruence.doctor.report import as_text
 from tests.helpers import training
 from tests.helpers.models import ByHandAttention, Plain, X
 from tests.zoo import CASES, each, needs
@@ -102,27 +102,45 @@ def test_gradient_is_that_of_the_loss_alone():
     assert report.overhead.median > 0
 
 
+class TakesMapping(Plain):
+    """Text and image side by side, told apart by token types; called as `model(batch)`."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(10, 16)
+
+    def forward(self, batch):
+        return super().forward(torch.cat([self.words(batch["ids"]), batch["pixels"]], 1))
+
+
+def mapping():
+    ids, types = torch.randint(10, (2, 3)), torch.tensor([[0, 0, 0, 1, 1, 1, 1]]).expand(2, 7)
+    return TakesMapping(), ({"ids": ids, "pixels": torch.randn(2, 4, 16), "token_type_ids": types},)
+
+
 SNIPPETS = {
+    "mapping": mapping,
     "vilt": lambda: (training.vilt(), training.vilt_batch(4)),
     "llava": lambda: (training.llava(), training.llava_batch(4)),
     "named": lambda: (Plain(), X, 3),
     "positional": lambda: ((made := CASES["timm_fused"].build())[0], tuple(made[1].values())),
     "number": lambda: (*CASES["torch_encoder"].build(), 8),
-    "function": lambda: (*CASES["timm_unfused"].build(), lambda batch: batch["input_ids"].shape[1]),
+    "function": lambda: (*CASES["timm_unfused"].build(), lambda batch, captured: batch["input_ids"].shape[1]),
 }
 
 
 @pytest.mark.parametrize("name", [*(name for name in SNIPPETS if name != "llava"), *each(["llava"], slow=False)])
 def test_the_code_it_prints_runs(name):
     model, batch, *said = SNIPPETS[name]()
-    report = examine(model, batch, *said, layers=-2 if name == "named" else -1, rounds=1)
+    report = examine(model, batch, *said, layers=-2 if name in ("named", "mapping") else -1, rounds=1)
+    assert ("TokenLayout.from_token_type_ids" in report.snippet) == (name == "mapping")
     model.train()
     names = {
         "model": model,
         "loader": [batch] * 2,
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.0),
         "main_loss": lambda out: (out if isinstance(out, torch.Tensor) else out[0]).square().mean(),
-        **({"where": said[0]} if name == "function" else {}),
+        **({"n_text": said[0]} if name == "function" else {}),
     }
     torch.manual_seed(0)
     exec(report.snippet, first := {**names, "loader": [batch]})
@@ -150,8 +168,12 @@ def without_gradient(layer, x):
 @pytest.mark.parametrize(
     ("model", "came", "remedy"),
     [
-        (Plain().requires_grad_(False), "frozen are second.self_attn.in_proj_weight", "requires_grad_(True)"),
-        (Plain(without_gradient), "second runs with gradients off", "take the no_grad() away"),
+        (
+            Plain().requires_grad_(False),
+            "get no gradient: frozen are second.self_attn.in_proj_weight",
+            "requires_grad_(True)",
+        ),
+        (Plain(without_gradient), "second runs with gradients off", "remove the no_grad()"),
         (
             Plain(lambda layer, x: checkpoint(layer, x, use_reentrant=True)),
             "second runs under reentrant checkpointing",
@@ -191,7 +213,7 @@ def test_attention_that_cannot_be_seen():
 def test_a_layout_against_the_pictures_is_told():
     model, inputs = CASES["git"].build()  # the image comes first
     report = examine(model, inputs, inputs["input_ids"].shape[1])
-    assert "positions that the layout calls text change with the pictures" in report.troubles[0].came
+    assert "positions that n_text calls text change with the pictures" in report.troubles[0].came
     assert "Those that change: 0 to 4" in report.troubles[0].came
 
 
@@ -207,11 +229,19 @@ def test_without_a_joint_sequence_nothing_is_made_up(name):
 def test_layouts_that_do_not_fit():
     for said, came in [
         (9, "does not fit second.self_attn, which attends over 7 positions"),
-        (lambda batch: batch["ids"], "raised KeyError"),
-        (lambda batch: "three", "the layout is str"),
+        (lambda batch, captured: batch["ids"], "n_text raised KeyError for second.self_attn: 'ids'"),
+        (lambda batch, captured: "three", "it is a str, and must be an int"),
         (TokenLayout(torch.ones(1, 7, dtype=torch.bool), torch.zeros(1, 7, dtype=torch.bool)), "no sample has both"),
     ]:
         assert came in examine(Plain(), X, said).troubles[0].came
+
+
+def test_a_function_gets_batch_and_record_by_position():
+    def count(by_name, record):
+        assert (list(by_name), record.layer) == (["x"], "second.self_attn")
+        return torch.tensor([3, 4])
+
+    assert examine(Plain(), X, count, rounds=1).placed.text == [3, 4]
 
 
 def test_layers_and_direction_are_as_asked():
@@ -242,14 +272,16 @@ def test_the_model_is_left_as_found():
 
 
 def test_wrappers_and_broken_models():
-    assert "DataParallel copies the model" in examine(nn.DataParallel(Plain()), X, 3).troubles[0].came
+    (trouble,) = examine(nn.DataParallel(Plain()), X, 3).troubles
+    assert "DataParallel copies the model" in trouble.came
+    assert trouble.remedy == "examine model.module."
     assert "raised AssertionError: was expecting" in examine(Plain(), (torch.zeros(1, 4, 5),), 3).troubles[0].came
 
 
 def test_examine_rejects():
-    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
+    with pytest.raises(ValueError, match=r"must be a torch\.nn\.Module"):
         examine(print, X)
-    with pytest.raises(TypeError, match=r"lone tensor into a tuple"):
+    with pytest.raises(ValueError, match=r"lone tensor into a tuple"):
         examine(Plain(), X[0])
     with pytest.raises(ValueError, match="direction='up' is not known"):
         examine(Plain(), X, 3, direction="up")

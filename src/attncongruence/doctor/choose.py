@@ -1,38 +1,36 @@
-"""Which layer to examine, and where text and image are in it."""
+"""Which layer to examine, and which positions of its sequence are text and image."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from attncongruence.capture import CapturedAttention
-from attncongruence.capture.find import Log, select_modules, self_attention
+from attncongruence.capture.find import Log, crosses, select_modules, self_attention
 from attncongruence.capture.reasons import nothing_seen
-from attncongruence.doctor import where
-from attncongruence.doctor.bench import Inputs
-from attncongruence.doctor.measure import share
-from attncongruence.doctor.report import Placed, Trouble
-from attncongruence.doctor.where import Answer, Given
+from attncongruence.doctor.report import TokenPlaces, TroubleFound, kind_of
+from attncongruence.layout import TokenLayout
+from attncongruence.locate import locate
 
+Batch = Mapping[str, Any]  # what the model was called with, by parameter name
+NText = int | Tensor | TokenLayout
+NTextOrFunction = NText | Callable[[Batch, CapturedAttention], NText]
 Layer = int | str | nn.Module
+
 _NEED = "one self-attention over text and image"
-_NOT_BOTH = "there no position changes with them, or every one does"
-_LOOK = "docs/capture.md has a section for each kind of model."
-_STREAMS = (
-    " This model has cross-attention: where no layer attends over both, put the blocks together with "
-    "AttentionBlocks.from_streams (docs/capture.md)."
+_DOCS = "docs/capture.md has a section for each kind of model."
+_STREAMS = f"build the blocks of several layers with AttentionBlocks.from_streams. {_DOCS}"
+_N_TEXT = (
+    "pass n_text, the third value of a factory: an int where that many text tokens come first; a (batch,) tensor, one "
+    "int per sample; a TokenLayout; or a function of (batch, captured) that returns one of these."
 )
-
-
-class TroubleFound(Exception):
-    """Nothing further can be examined."""
-
-    def __init__(self, came: str, allowed: str, remedy: str) -> None:
-        super().__init__(came)
-        self.trouble = Trouble(came, allowed, remedy)
 
 
 @dataclass(frozen=True)
@@ -40,151 +38,172 @@ class Candidate:
     """One self-attention of a forward pass."""
 
     record: CapturedAttention
-    number: int
-    """How many operations of the same module came before it."""
-    layers: str
-    """The argument that makes `capture_attention` take it, as code; "" for the default."""
+    number: int  # how many operations of the same module ran before it
+    code: str  # Python for the `layers` that selects it; "" for the default
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """The layer to examine, and where text and image are in it."""
+class Proposal:
+    """A value of `n_text` for one batch, and Python that computes it for any batch."""
 
-    candidate: Candidate
-    answer: Answer
-    placed: Placed
+    n_text: NText
+    how: str  # where it comes from
+    code: str  # a number, an expression of `batch` and `captured`, or "" for a function of the user
+    guessed: bool = True
+    certain: bool = False  # whether it may be used where other pictures do not confirm it
+
+
+def within(name: str, path: str) -> bool:
+    """Whether the module called `name` is the one called `path` or lies inside it."""
+    return not path or f"{name}.".startswith(f"{path}.")
 
 
 def candidates(model: nn.Module, log: Log, layers: Layer) -> list[Candidate]:
-    """The self-attentions to look at, best first.
-
-    Raises:
-        TroubleFound: there is none, or the name means several attentions.
-        ValueError: no such layer.
-    """
+    """The self-attentions that `layers` allows, best first; a ValueError where there is no such layer."""
     found = self_attention(log)
-    if not found and not log:
-        raise TroubleFound(f"no attention was seen. {nothing_seen(model)}", _NEED, _LOOK)
+    if not log:
+        raise TroubleFound(f"no attention was seen. {nothing_seen(model)}", _NEED, _DOCS)
     if not found:
-        remedy = f"put the blocks of a dual-stream model together with AttentionBlocks.from_streams: {_LOOK}"
-        raise TroubleFound("only attention between two sequences was seen", _NEED, remedy)
+        raise TroubleFound("only attention between two sequences was seen", _NEED, _STREAMS)
     names = [name for name, _, _ in found]
-    every = [
-        Candidate(CapturedAttention(name, seen), number, _code(names, index))
-        for index, (name, number, seen) in enumerate(found)
-    ]
+    every = []
+    for index, (name, number, seen) in enumerate(found):
+        code = f'"{name}"' if names.count(name) == 1 else str(index - len(found))
+        every.append(Candidate(CapturedAttention(name, seen), number, "" if seen is found[-1][2] else code))
     if layers == -1:
         return every[::-1]
     if isinstance(layers, int):
         if not -len(every) <= layers < len(every):
-            raise ValueError(f"layers={layers}, and the forward pass ran {len(every)} self-attentions: {_some(log)}")
+            raise ValueError(f"layers={layers}, and the forward pass ran {len(every)} self-attentions: {_sizes(log)}")
         return [every[layers]]
-    wanted = select_modules(model, [layers])
-    inside = [(name, seen) for name, seen in log if any(not path or within(name, path) for path in wanted)]
-    mine = [one for one in every if any(one.record.layer == name for name, _ in inside)]
-    if len(inside) != 1 or not mine:
-        remedy = f"name one of them. For blocks of several layers, AttentionBlocks.from_streams: {_LOOK}"
-        raise TroubleFound(f"layers={layers!r} means: {_some(inside)}", _NEED, remedy)
-    return mine
+    paths = select_modules(model, [layers])
+    inside = [(name, seen) for name, seen in log if any(within(name, path) for path in paths)]
+    selected = [one for one in every if any(one.record.layer == name for name, _ in inside)]
+    if len(inside) != 1 or not selected:
+        raise TroubleFound(f"layers={layers!r} means: {_sizes(inside)}", _NEED, f"name one of them, or {_STREAMS}")
+    return selected
 
 
-def _code(names: list[str], index: int) -> str:
-    if index == len(names) - 1:
-        return ""
-    return f'"{names[index]}"' if names.count(names[index]) == 1 else str(index - len(names))
+def _sizes(log: Log) -> str:
+    sizes = [f"{name or 'the model itself'} ({s.lengths[0]} x {s.lengths[1]})" for name, s in log[-6:]]
+    return ", ".join(sizes) or "no attention"
 
 
-def _some(log: Log) -> str:
-    seen = [f"{name or 'the model itself'} ({s.lengths[0]} x {s.lengths[1]})" for name, s in log[-6:]]
-    return ", ".join(seen) or "no attention"
-
-
-def within(name: str, path: str) -> bool:
-    """Whether a module is another or lies inside it."""
-    return f"{name}.".startswith(f"{path}.")
-
-
-def place(model: nn.Module, batch: Inputs, log: Log, those: list[Candidate], said: Given | None) -> Chosen:
-    """The first candidate in which text and image can be told apart.
-
-    Raises:
-        TroubleFound: there is none; it says what was wrong with the first.
-    """
-    moved: dict[str, Tensor | None] = {}
+def choose(
+    model: nn.Module, batch: Batch, log: Log, other: Log, those: list[Candidate], n_text: NTextOrFunction | None
+) -> tuple[Candidate, Proposal, TokenPlaces]:
+    """The first candidate whose text and image positions are known; `other` is the log with other pictures."""
     refused: list[str] = []
-    inputs = where.named(model, batch)
-    for one in those:
-        kind = where.kind_of(one.record.layer)
-        if kind not in moved:
-            moved[kind] = where.moved_by_pictures(model, batch, log, one.record.layer)
-        answers = where.guesses(model, inputs, one.record) if said is None else _said(said, inputs, one, refused)
-        for answer in answers:
-            placed = _placed(one.record, answer, moved[kind], refused)
-            if placed is not None:
-                return Chosen(one, answer, placed)
+    for candidate in those:
+        record = candidate.record
+        try:
+            proposals = list(_guesses(model, batch, record)) if n_text is None else [_given(n_text, batch, record)]
+        except Exception as error:  # of the user's own function
+            refused.append(f"n_text raised {type(error).__name__} for {record.layer}: {error}")
+            continue
+        for proposal in proposals:
+            try:
+                return candidate, proposal, _places(record, proposal, _changed(log, other, record))
+            except ValueError as error:
+                refused.append(str(error))
     raise TroubleFound(
-        refused[0] if refused else "where text and image are was not said, and the batch does not tell",
+        refused[0] if refused else "n_text was not given, and cannot be guessed from the batch",
         "a layout of the joint sequence that the layer attends over, with text and image in it",
-        where.BY_HAND + (_STREAMS if any(seen.lengths[0] != seen.lengths[1] or seen.cross for _, seen in log) else ""),
+        _N_TEXT + (f" There is cross-attention: otherwise {_STREAMS}" if any(crosses(s) for _, s in log) else ""),
     )
 
 
-def _said(said: Given, inputs: Mapping[str, Any], one: Candidate, refused: list[str]) -> list[Answer]:
-    layer, length = one.record.layer, one.record.lengths[0]
-    try:
-        answer = where.given(said, inputs, one.record)
-    except Exception as error:  # the user's own function
-        refused.append(f"the layout, asked for {layer}, raised {type(error).__name__}: {error}")
-        return []
-    if where.fits(answer.value, one.record):
-        return [answer]
-    refused.append(f"the layout does not fit {layer}, which attends over {length} positions")
-    return []
+def _given(n_text: Any, batch: Batch, record: CapturedAttention) -> Proposal:
+    """What the user passed, for this batch."""
+    value = n_text(batch, record) if callable(n_text) else n_text
+    if isinstance(value, bool) or not isinstance(value, int | Tensor | TokenLayout):
+        raise TypeError(f"it is a {type(value).__name__}, and must be an int, a (batch,) tensor or a TokenLayout")
+    return Proposal(value, "as given", str(n_text) if isinstance(n_text, int) else "", guessed=False, certain=True)
 
 
-def _placed(record: CapturedAttention, answer: Answer, moved: Tensor | None, refused: list[str]) -> Placed | None:
+def _guesses(model: nn.Module, batch: Batch, record: CapturedAttention) -> Iterator[Proposal]:
+    """What the configuration and the batch suggest, best first."""
+    length = record.lengths[0]
+    if "transformers" in sys.modules:
+        with suppress(ImportError, ValueError):
+            from attncongruence.integrations.huggingface import token_layout
+
+            layout = token_layout(model, batch, record)
+            family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+            yield Proposal(layout, f"token_layout knows {family}", "token_layout(model, batch, captured)", certain=True)
+    tensors = {name: x for name, x in batch.items() if isinstance(x, Tensor)}
+    joint = {name: x for name, x in tensors.items() if x.shape[1:] == (length,)}
+    types, mask = joint.get("token_type_ids"), joint.get("attention_mask")
+    if types is not None and types.unique().tolist() == [0, 1]:
+        masked = "" if mask is None else ', batch["attention_mask"]'
+        code = f'TokenLayout.from_token_type_ids(batch["token_type_ids"]{masked})'
+        how = "token_type_ids has the joint length, 1 is image"
+        yield Proposal(TokenLayout.from_token_type_ids(types, mask), how, code)
+    ids = [name for name, x in tensors.items() if x.ndim == 2 and x.dtype == torch.long]
+    for name in sorted(ids, key=lambda name: name != "input_ids")[:1]:
+        if (size := tensors[name].shape[1]) < length:
+            how = f"{name} has {size} positions and the layer {length}, text first"
+            yield Proposal(size, how, f'batch["{name}"].shape[1]')
+
+
+def _places(record: CapturedAttention, proposal: Proposal, changed: Tensor) -> TokenPlaces:
+    """Where a proposal puts text and image; a ValueError where that is wrong, or a guess that nothing confirms."""
     try:
-        text, image = where.masks(answer.value, record)
-    except ValueError as error:
-        refused.append(str(error))
-        return None
-    sure = where.confirmed(moved, text, image)
-    if sure is False and moved is not None:
-        places = moved.any(0).nonzero()[:, 0].tolist()
-        refused.append(
-            f"in {record.layer} positions that the layout calls text change with the pictures ({answer.how}). "
-            f"Those that change: {stretches(places)}"
+        like = record.scores if record.query is None else record.query
+        text, image = locate(like, proposal.n_text, record.allowed)[:2]
+    except (ValueError, TypeError, RuntimeError) as error:
+        size = f"{record.layer}, which attends over {record.lengths[0]} positions"
+        raise ValueError(f"n_text does not fit {size}: {error}") from error
+    confirmed: bool | None = None  # where nothing changes (learned queries replace the image), or everything does
+    if changed.any() and not bool(changed[text | image].all()):
+        confirmed = not bool((changed & text).any())
+        if not confirmed:
+            raise ValueError(
+                f"in {record.layer} positions that n_text calls text change with the pictures ({proposal.how}). "
+                f"Those that change: {_ranges(changed.any(0).nonzero()[:, 0].tolist())}"
+            )
+    if confirmed is None and not proposal.certain:
+        raise ValueError(
+            f"{record.layer}: {proposal.how}. This guess is not used, as other pictures do not confirm it: either the "
+            "batch has no picture, or no position of the layer changes with it, or every one does"
         )
-        return None
-    if sure is None and not answer.sure:
-        why = "no picture in the batch, or no queries to look at" if moved is None else _NOT_BOTH
-        refused.append(f"{record.layer}: {answer.how}, would be a guess, and other pictures do not bear it out: {why}")
-        return None
     if not bool((text.any(1) & image.any(1)).any()):
-        refused.append(f"no sample has both text and image ({answer.how})")
-        return None
-    return Placed(
-        answer.how,
-        answer.guessed,
-        text.sum(1).tolist(),
-        image.sum(1).tolist(),
-        share(record, text, image),
-        share(record, image, text),
-        sure,
-    )
+        raise ValueError(f"no sample has both text and image ({proposal.how})")
+    counts = text.sum(1).tolist(), image.sum(1).tolist()
+    shares = _share(record, text, image), _share(record, image, text)
+    return TokenPlaces(proposal.how, proposal.guessed, *counts, *shares, confirmed)
 
 
-def stretches(numbers: list[int]) -> str:
-    """Ascending numbers in a few words.
+def _share(record: CapturedAttention, rows: Tensor, columns: Tensor) -> float:
+    """Share of the pairs (row, column) that may attend; 1 where there is no such pair."""
+    pairs = rows[:, None, :, None] & columns[:, None, None, :]
+    allowed = pairs if record.allowed is None else pairs & record.allowed
+    return (allowed.sum() / pairs.expand(allowed.shape).sum().clamp(min=1)).item() if pairs.any() else 1.0
 
-    Example:
-        >>> stretches([0, 1, 2, 7, 9, 10])
-        '0 to 2, 7, 9 to 10'
-    """
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1] = [runs[-1][0], number]
-        else:
-            runs.append([number])
-    return ", ".join(" to ".join(map(str, run)) for run in runs)
+
+def _changed(log: Log, other: Log, record: CapturedAttention) -> Tensor:
+    """`(batch, length)` bool: positions whose queries differ between two forward passes; none if not comparable."""
+    # The first layer of the same kind is compared, where attention has not yet mixed text and image.
+    size = record.batch_size, record.lengths[0]
+    if [name for name, _ in log] == [name for name, _ in other]:
+        first = next(number for number, (name, _) in enumerate(log) if kind_of(name) == kind_of(record.layer))
+        before, after = (CapturedAttention(*entries[first]).query for entries in (log, other))
+        if before is not None and after is not None and before.shape == after.shape and before.shape[::2] == size:
+            return (before != after).any(-1).any(1)
+    return torch.zeros(size, dtype=torch.bool, device=record.device)
+
+
+def other_pictures(value: Any, name: str = "") -> Any:
+    """The same inputs with noise on the pictures: floating-point tensors that are neither masks nor labels."""
+    if isinstance(value, Mapping):
+        return {key: other_pictures(part, str(key)) for key, part in value.items()}
+    if isinstance(value, tuple):
+        return tuple(other_pictures(part) for part in value)
+    picture = isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2
+    return value + torch.randn_like(value) if picture and "mask" not in name and "label" not in name else value
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Ascending numbers as ranges, "0 to 4, 7"."""
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

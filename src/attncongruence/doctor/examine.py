@@ -1,53 +1,51 @@
-"""examine: looks at a model as a training step would, and says what the congruence loss finds there."""
+"""examine: runs a model as a training step would, and reports what the congruence loss finds there."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 
 from attncongruence._typing import Direction, one_of
 from attncongruence.capture import CapturedAttention, capture_attention, find_attention
+from attncongruence.capture.find import crosses
 from attncongruence.capture.session import unwrapped
-from attncongruence.doctor import bench, causes, choose, measure, snippet, where
-from attncongruence.doctor.bench import Inputs
-from attncongruence.doctor.choose import Chosen, Layer, TroubleFound
-from attncongruence.doctor.report import Attending, Report, Trouble
-from attncongruence.doctor.where import Given
+from attncongruence.doctor import measure
+from attncongruence.doctor.choose import Layer, NTextOrFunction, candidates, choose, other_pictures, within
+from attncongruence.doctor.report import AttentionCall, Report, Trouble, TroubleFound, suggest_code
+from attncongruence.training.outputs import batch_of
 
 
 def examine(
     model: nn.Module,
-    batch: Inputs,
-    n_text: Given | None = None,
+    batch: measure.Inputs,
+    n_text: NTextOrFunction | None = None,
     *,
     layers: Layer = -1,
     direction: Direction | None = None,
     rounds: int = 7,
 ) -> Report:
-    """Examines a model with one batch: what is captured, where text is, what the loss is, trains and costs.
+    """Examines a model with one batch: what is captured, where text and image are, the loss, its gradient and cost.
 
-    The model runs some ten times and twice a round, in training mode with gradients on and always under one seed. It is
+    The model runs about ten times and twice per round, in training mode with gradients on and under one seed. It is
     left as it was found: modes, gradients, buffers, hooks, random numbers.
 
     Args:
         model: as the training loop calls it; examined without a wrapper of `torch.compile` or DDP.
         batch: a mapping of keyword arguments, or a tuple of positional ones.
-        n_text: where text and image are: an int, a `(batch,)` tensor, a `TokenLayout`, or a function of the batch that
-            returns one of these, with a parameter `captured` if it wants the record. None: guessed, and the report says
-            how.
-        layers: one self-attention, as in `capture_attention`. At -1 the last one that the layout fits.
-        direction: of the loss in gradient, overhead and snippets. None: `"both"` where all image tokens may look at all
+        n_text: where text and image are: an int, a `(batch,)` integer tensor, a `TokenLayout`, or a function of
+            `(batch, captured)` that returns one of these; `batch` is a mapping by parameter name. None: guessed, and
+            the report says how.
+        layers: one self-attention, as in `capture_attention`. At -1 the last one that `n_text` fits.
+        direction: of the loss in gradient, overhead and code. None: `"both"` where all image tokens may attend to all
             text, else `"language"`.
-        rounds: of timing, >= 1.
+        rounds: number of timed rounds, >= 1.
 
     Returns:
         A `Report`. What is wrong with the model is among its `troubles`.
 
     Raises:
-        TypeError: a model or a batch of another type.
-        ValueError: an unknown direction, no such layer, no round.
+        ValueError: a model or a batch of another type, an unknown direction, no such layer, no round.
 
     Example:
         >>> from attncongruence.doctor import examine
@@ -56,35 +54,10 @@ def examine(
         >>> report.ok, report.layer, report.captured.shape
         (True, 'self_attn', (3, 2, 5, 5))
     """
-    _check(model, batch, direction, rounds)
-    inner = unwrapped(model)
-    report = Report(type(inner).__name__)
-    if inner is not model:
-        report.notes.append(
-            f"Examined without its {type(model).__name__}. Call capture_attention before the first compiled run."
-        )
-    try:
-        capture_attention(inner).close()
-    except RuntimeError as error:  # torch.nn.DataParallel
-        report.troubles.append(Trouble(str(error), "a model on one device", "examine model.module."))
-        return report
-    with bench.as_found(inner, batch) as intact:
-        try:
-            _examine(inner, batch, report, n_text, layers, direction, rounds)
-        except TroubleFound as found:
-            report.troubles.append(found.trouble)
-    report.restored = intact()
-    if not report.restored:
-        came = "the model's own forward pass changed its modes or buffers for good"
-        report.troubles.append(Trouble(came, "a forward pass that can be repeated", "look at what it changes."))
-    return report
-
-
-def _check(model: object, batch: object, direction: str | None, rounds: int) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is of type {type(model).__name__}: it must be a torch.nn.Module")
+        raise ValueError(f"model is of type {type(model).__name__}: it must be a torch.nn.Module")
     if not isinstance(batch, Mapping | tuple):
-        raise TypeError(
+        raise ValueError(
             f"batch is of type {type(batch).__name__}: it must be a mapping of keyword arguments or a tuple of "
             "positional ones. Put a lone tensor into a tuple: (tensor,)"
         )
@@ -92,102 +65,98 @@ def _check(model: object, batch: object, direction: str | None, rounds: int) -> 
         one_of("direction", direction, ("both", "language", "vision"))
     if rounds < 1:
         raise ValueError(f"rounds={rounds} must be >= 1")
-
-
-def _raised(error: Exception) -> TroubleFound:
-    return TroubleFound(
-        f"the model raised {type(error).__name__}: {error}",
-        "a model and a batch that make a training step",
-        "check both where the factory makes them: shapes, devices, labels.",
-    )
+    inner = unwrapped(model)
+    report = Report(type(inner).__name__)
+    if inner is not model:
+        note = f"Examined without its {type(model).__name__}. Call capture_attention before the first compiled run."
+        report.notes.append(note)
+    hooks = measure.hooks(inner)
+    with measure.as_found(inner, batch):
+        try:
+            _examine(inner, batch, report, n_text, layers, direction, rounds)
+        except TroubleFound as found:
+            report.troubles.append(Trouble(*found.args))
+    report.restored = measure.hooks(inner) == hooks
+    if not report.restored:
+        report.troubles.append(Trouble("hooks are left on the model", "a model without them", "report this model."))
+    return report
 
 
 def _examine(
     model: nn.Module,
-    batch: Inputs,
+    inputs: measure.Inputs,
     report: Report,
-    said: Given | None,
+    n_text: NTextOrFunction | None,
     layers: Layer,
     direction: Direction | None,
     rounds: int,
 ) -> None:
+    """Fills the report, part by part."""
     try:
-        plain, again = bench.call(model, batch), bench.call(model, batch)
-        log = bench.watched(model, batch)
-    except Exception as error:  # whatever a stranger's model raises is to be told
-        raise _raised(error) from error
-    report.attention = [_attending(name, seen) for name, seen in log]
-    report.unseen = {
-        name: kind
-        for name, kind in find_attention(model).items()
-        if not any(not name or choose.within(ran, name) or choose.within(name, ran) for ran, _ in log)
-    }
-    those = choose.candidates(model, log, layers)
-    _take(report, those[0])
-    report.default = choose.candidates(model, log, -1)[0].record.layer
-    chosen = choose.place(model, batch, log, those, said)
-    _take(report, chosen.candidate)
-    report.placed = chosen.placed
+        capture_attention(model).close()  # raises for torch.nn.DataParallel
+        plain, again = measure.call(model, inputs), measure.call(model, inputs)
+        log = measure.attention_of(model, inputs)
+        other = measure.attention_of(model, other_pictures(inputs))
+    except Exception as error:  # whatever the model raises
+        came = f"the model raised {type(error).__name__}: {error}"
+        remedy = "check both where the factory makes them: shapes, devices, labels."
+        if isinstance(model, nn.DataParallel):
+            remedy = "examine model.module."
+        raise TroubleFound(came, "a model and a batch that make a training step", remedy) from error
+    for name, seen in log:
+        kind = "cross" if crosses(seen) else "self"
+        report.attention.append(AttentionCall(name, kind, CapturedAttention(name, seen).heads, *seen.lengths))
+    for name, kind in find_attention(model).items():
+        if not any(within(ran, name) or within(name, ran) for ran, _ in log):
+            report.unseen[name] = kind
+
+    those = candidates(model, log, layers)
+    _add_layer(report, those[0].record)
+    report.default = candidates(model, log, -1)[0].record.layer
+    args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
+    batch = batch_of(model.forward, args, kwargs)
+    chosen, proposal, report.placed = choose(model, batch, log, other, those, n_text)
+    _add_layer(report, chosen.record)
     if layers == -1 and report.layer != report.default:
         report.notes.append(
-            f"capture_attention(model) would take {report.default}, whose sequence is not that of text and image: "
-            "name the layer, as the snippets do."
+            f"capture_attention(model) takes {report.default}, whose sequence is not that of text and image: name the "
+            "layer, as the code below does."
         )
-    report.losses = measure.losses(chosen.candidate.record, chosen.answer.value)
-    _compare(model, batch, report, plain, again)
+    report.losses = measure.losses(chosen.record, proposal.n_text)
+
+    if measure.same(plain, again):
+        with capture_attention(model, chosen.record.layer, analysis=True):
+            report.unchanged = measure.same(plain, measure.call(model, inputs))
+        if not report.unchanged:
+            raise TroubleFound("the output changes when the layer is captured", "the same output", "report this model.")
+    else:
+        report.notes.append("The model does not repeat itself under one seed, so its outputs cannot be compared.")
+
     report.direction = way = _direction(report, direction)
-    _train(model, batch, report, chosen, way, rounds)
-    parts = batch, list(where.named(model, batch)), plain, chosen.candidate.layers, chosen.answer, way
-    report.snippet, report.one_line = snippet.loop(*parts), snippet.one_line(*parts[2:])
+    step = measure.Step(model, inputs, chosen, proposal.n_text, way)
+    report.gradient = found = step.gradient()
+    if found.frozen and not found.reached:
+        report.notes.append(f"{report.layer} is frozen: the loss trains {found.elsewhere} parameters before it.")
+    report.overhead = step.overhead(rounds)
+    suggest_code(report, list(batch), inputs, plain, proposal.code, chosen.code)
 
 
-def _attending(name: str, seen: Any) -> Attending:
-    cross = seen.cross or seen.lengths[0] != seen.lengths[1]
-    return Attending(name, "cross" if cross else "self", CapturedAttention(name, seen).heads, *seen.lengths)
-
-
-def _take(report: Report, candidate: choose.Candidate) -> None:
-    record = candidate.record
-    report.layer, report.batch_size = record.layer, record.batch_size
-    report.captured = measure.captured(record)
-
-
-def _compare(model: nn.Module, batch: Inputs, report: Report, plain: Any, again: Any) -> None:
-    if not bench.same(plain, again):
-        report.notes.append("The model does not repeat itself under one seed, so its outputs can't be compared.")
-        return
-    assert report.layer is not None
-    with capture_attention(model, report.layer, analysis=True):
-        report.unchanged = bench.same(plain, bench.call(model, batch))
-    if not report.unchanged:
-        raise TroubleFound("the output changes when the layer is captured", "the same output", "report this model.")
+def _add_layer(report: Report, record: CapturedAttention) -> None:
+    report.layer, report.batch_size, report.captured = record.layer, record.batch_size, measure.captured(record)
 
 
 def _direction(report: Report, wanted: Direction | None) -> Direction:
-    """What was asked for, or both sides where the model shows both all of the other."""
+    """The direction that was asked for; else both, or one where text and image do not see all of each other."""
     released, placed = report.losses[0], report.placed
     assert placed is not None
-    way: Direction = "both" if placed.seen_by_image == placed.seen_by_text == 1 else "language"
-    if wanted is None and way == "language" and released.language is None:
-        way = "vision"
-    way = wanted or way
+    all_pairs = placed.seen_by_image == placed.seen_by_text == 1
+    default: Direction = "both" if all_pairs else "vision" if released.language is None else "language"
+    way = wanted or default
     if getattr(released, way) is None:
         raise TroubleFound(f"direction={way!r} is not defined here", "a direction that is", released.why)
     if wanted is None and way == "language" and released.vision is not None:
         report.notes.append(
-            f"Image tokens see {placed.seen_by_image:.0%} of the text: vision is defined and means little, so the "
-            "snippets take language alone."
+            f"Image tokens see {placed.seen_by_image:.0%} of the text: vision is defined but means little, so the "
+            "code below uses language alone."
         )
     return way
-
-
-def _train(model: nn.Module, batch: Inputs, report: Report, chosen: Chosen, way: Direction, rounds: int) -> None:
-    """What the loss alone trains, and what a step with it costs."""
-    layer, number = chosen.candidate.record.layer, chosen.candidate.number
-    step = measure.Step(model, batch, layer, number, chosen.answer.value, way)
-    report.gradient = step.gradient()
-    if report.gradient is None or not (report.gradient.reached or report.gradient.elsewhere):
-        raise causes.no_gradient(model, layer, causes.gradients_off_at(model, batch, layer))
-    if report.gradient.frozen and not report.gradient.reached:
-        report.notes.append(f"{layer} is frozen: the loss trains {report.gradient.elsewhere} parameters before it.")
-    report.overhead = step.overhead(rounds)

@@ -1,21 +1,31 @@
-"""What can be measured of one layer: what was captured, the losses, their gradient and what they cost."""
+"""Runs a model again and again under one seed: what is captured, the losses, their gradient and their cost."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+import statistics
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 
+from attncongruence import _compat
 from attncongruence._typing import Direction
 from attncongruence.capture import CapturedAttention, capture_attention
+from attncongruence.capture.find import Finder, Log, named_modules
 from attncongruence.conventions import PRINTED, RELEASED, WEIGHTED_MEAN
-from attncongruence.doctor import bench
-from attncongruence.doctor.bench import Inputs
-from attncongruence.doctor.report import Captured, Gradient, LossRow, Overhead
+from attncongruence.doctor.choose import Candidate, NText, within
+from attncongruence.doctor.report import Captured, Gradient, LossRow, Overhead, TroubleFound, listing
 from attncongruence.losses import cacr_loss, iais_loss
-from attncongruence.training.term import Where
+from attncongruence.training.outputs import loss_in
 
+Inputs = Mapping[str, Any] | tuple[Any, ...]  # keyword arguments, or positional ones
 _LOSSES = (
     ("CACR, RELEASED", cacr_loss, RELEASED),
     ("CACR, PRINTED", cacr_loss, PRINTED),
@@ -23,102 +33,215 @@ _LOSSES = (
     ("IAIS singular, RELEASED", iais_loss, RELEASED),
 )
 _DIRECTIONS: tuple[Direction, ...] = ("language", "vision", "both")
-_NOISE = 1e-5  # of the layer's largest gradient: a bias of keys moves no softmax, and gets rounding errors
+_NOISE = 1e-5  # of the layer's largest gradient: the bias of keys shifts rows, and its gradient is a rounding error
+_MAX_SECONDS = 20.0  # after which no further round is timed
 
 
-def captured(record: CapturedAttention) -> Captured:
-    """What capture took."""
-    query, allowed = record.query, record.allowed
-    kind, hidden = "none", 0.0
-    if allowed is not None:
-        hidden = 1 - allowed.float().mean().item()
-        spread = allowed.expand(allowed.shape[0], allowed.shape[1], *record.lengths)
-        kind = "pairs"
-        if not bool((allowed != allowed[:, :1, :1]).any()):
-            kind = "tokens"
-        elif not bool(spread.triu(1).any()):
-            kind = "causal"
-    with torch.no_grad():
-        shifted = query is None and bool((record.scores.amax(-1).abs() < 1e-6).all())
-    return Captured(
-        (record.batch_size, record.heads, *record.lengths),
-        str((record.scores if query is None else query).dtype).removeprefix("torch."),
-        query is not None,
-        query is not None and kind in ("none", "tokens"),
-        kind,
-        hidden,
-        shifted,
-    )
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """One forward pass under a fixed seed, so that dropout and random choices (ViLT's patches) repeat."""
+    torch.manual_seed(0)
+    return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
 
 
-def share(record: CapturedAttention, rows: Tensor, columns: Tensor) -> float:
-    """Share of the pairs (row, column) that may attend; 1 where there is no such pair."""
-    pairs = rows[:, None, :, None] & columns[:, None, None, :]
-    allowed = pairs if record.allowed is None else pairs & record.allowed
-    return (allowed.sum() / pairs.expand(allowed.shape).sum().clamp(min=1)).item() if pairs.any() else 1.0
+def attention_of(model: nn.Module, inputs: Inputs) -> Log:
+    """Every attention operation of one forward pass, in order."""
+    log: Log = []
+    with closing(Finder(model, True, lambda part, whole: log.extend(part))):
+        call(model, inputs)
+    return log
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two outputs are bitwise equal."""
+    ours, theirs = ([t.nan_to_num() for t in _tensors(output)] for output in (one, other))
+    return len(ours) == len(theirs) > 0 and all(map(torch.equal, ours, theirs))
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """All floating-point tensors of an output, in order."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    elif dataclasses.is_dataclass(output):
+        output = list(vars(output).values())
+    return [t for part in output for t in _tensors(part)] if isinstance(output, list | tuple) else []
+
+
+def hooks(model: nn.Module) -> int:
+    """Number of this library's hooks. Other libraries (transformers) may add their own in the first forward pass."""
+    found = [hook for module in model.modules() for hook in _compat.hooks_of(module)]
+    return sum("attncongruence" in f"{type(hook).__module__} {getattr(hook, '__module__', '')}" for hook in found)
+
+
+@contextmanager
+def as_found(model: nn.Module, inputs: Inputs) -> Iterator[None]:
+    """Training mode with gradients on; afterwards modes, gradients, buffers and random numbers are as before."""
+    values = inputs.values() if isinstance(inputs, Mapping) else inputs
+    leaves = [*model.parameters(), *(t for t in values if isinstance(t, Tensor) and t.is_leaf)]
+    grads = [leaf.grad for leaf in leaves]
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
+    for leaf in leaves:
+        leaf.grad = None
+    if not model.training:  # else parts that are kept in eval mode stay there
+        model.train()
+    try:
+        devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+        with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for leaf, grad in zip(leaves, grads, strict=True):
+            leaf.grad = grad
+        for module, name, buffer, copy in buffers:
+            setattr(module, name, buffer)
+            if not torch.equal(buffer, copy):
+                with torch.no_grad():
+                    buffer.copy_(copy)
 
 
 @torch.no_grad()
-def losses(record: CapturedAttention, place: Where) -> list[LossRow]:
-    """Every convention in every direction, in nats."""
+def captured(record: CapturedAttention) -> Captured:
+    """What was captured."""
+    query, allowed = record.query, record.allowed
+    mask = "none"
+    if allowed is not None:
+        above = allowed.expand(*allowed.shape[:2], *record.lengths).triu(1)
+        by_token = bool((allowed == allowed[:, :1, :1]).all())
+        mask = "tokens" if by_token else "pairs" if bool(above.any()) else "causal"
+    return Captured(
+        shape=(record.batch_size, record.heads, *record.lengths),
+        dtype=str((record.scores if query is None else query).dtype).removeprefix("torch."),
+        offers_query_key=query is not None,
+        streaming=query is not None and mask in ("none", "tokens"),
+        mask=mask,
+        hidden=0.0 if allowed is None else 1 - allowed.float().mean().item(),
+        shifted=query is None and bool((record.scores.amax(-1).abs() < 1e-6).all()),
+    )
+
+
+@torch.no_grad()
+def losses(record: CapturedAttention, n_text: NText) -> list[LossRow]:
+    """The losses under each convention in each direction, in nats."""
     rows = []
     for name, loss, convention in _LOSSES:
-        values: dict[Direction, float | None] = dict.fromkeys(_DIRECTIONS)
+        values: dict[str, float | None] = dict.fromkeys(_DIRECTIONS)
         why = ""
         for direction in _DIRECTIONS:
             try:
-                values[direction] = loss(record, place, convention=convention, direction=direction).item()
+                values[direction] = loss(record, n_text, convention=convention, direction=direction).item()
             except ValueError as error:
                 why = why or str(error)
-        rows.append(LossRow(name, values["language"], values["vision"], values["both"], why))
+        rows.append(LossRow(name, **values, why=why))
     return rows
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Step:
-    """A training step of the model, with and without the congruence loss (`RELEASED`)."""
+    """A training step with the congruence loss (`RELEASED`) of one layer."""
 
     model: nn.Module
-    batch: Inputs
-    layer: str
-    number: int
-    place: Where
+    inputs: Inputs
+    layer: Candidate
+    n_text: NText
     direction: Direction
 
-    def gradient(self) -> Gradient | None:
-        """Which parameters the congruence loss alone trains; None where the layer was captured without gradient."""
-        with capture_attention(self.model, self.layer) as capture:
-            bench.call(self.model, self.batch)
-            try:
-                record = capture.pop_all()[self.number]
-            except RuntimeError:
-                return None
-        cacr_loss(record, self.place, direction=self.direction).backward()
-        sizes = {
-            name: 0.0 if p.grad is None else p.grad.abs().max().item()
-            for name, p in self.model.named_parameters()
-            if p.numel()
-        }
-        inside = [name for name in sizes if not self.layer or name.startswith(f"{self.layer}.")]
-        frozen = [name for name, p in self.model.named_parameters() if name in inside and not p.requires_grad]
+    def _run(self) -> tuple[Any, Tensor]:
+        """The model's output, and the congruence loss."""
+        # For analysis: a layer without gradient raises no error here, `gradient` reports it.
+        with capture_attention(self.model, self.layer.record.layer, analysis=True) as capture:
+            output = call(self.model, self.inputs)
+            record = capture.pop_all()[self.layer.number]
+        return output, cacr_loss(record, self.n_text, direction=self.direction)
+
+    def gradient(self) -> Gradient:
+        """Which parameters the congruence loss alone trains; TroubleFound where it trains none."""
+        _, congruence = self._run()
+        if congruence.requires_grad:
+            congruence.backward()
+        parameters = {name: p for name, p in self.model.named_parameters() if p.numel()}
+        sizes = {name: 0.0 if p.grad is None else p.grad.abs().max().item() for name, p in parameters.items()}
+        inside = [name for name in sizes if within(name, self.layer.record.layer)]
         least = _NOISE * max((sizes[name] for name in inside), default=0.0)
+        frozen = [name for name in inside if not parameters[name].requires_grad]
         reached = [name for name in inside if sizes[name] > least]
         elsewhere = sum(size > 0 for name, size in sizes.items() if name not in inside)
-        bench.clear(self.model)
-        return Gradient(reached, [n for n in inside if n not in reached + frozen], frozen, elsewhere)
+        self.model.zero_grad()
+        if not reached and not elsewhere:
+            raise self._no_gradient(frozen)
+        return Gradient(reached, [name for name in inside if name not in reached + frozen], frozen, elsewhere)
+
+    def _no_gradient(self, frozen: list[str]) -> TroubleFound:
+        """Why the loss trains nothing."""
+        layer = self.layer.record.layer or "the model"
+        module, checkpointed = self._gradients_off()
+        if checkpointed:
+            came = f"{module} runs under reentrant checkpointing, which drops the gradient of what is captured."
+            remedy = "pass use_reentrant=False; transformers: gradient_checkpointing_kwargs={'use_reentrant': False}."
+        elif module:
+            came = f"{module} runs with gradients off (torch.no_grad or inference_mode in its forward)."
+            remedy = "remove the no_grad() around it, or choose an earlier layer with layers= (--layers)."
+        elif frozen:
+            came = f"the scores of {layer} get no gradient: frozen are {listing(frozen)}, and everything before them."
+            remedy = f"unfreeze the layer, model.get_submodule({self.layer.record.layer!r}).requires_grad_(True), or "
+            remedy += "train something before it (LoRA on its queries or keys is enough)."
+        else:
+            came = f"the gradient of the scores of {layer} reaches no parameter: the layer detaches its queries and "
+            came += "keys, or the congruence loss of this batch has a gradient of exactly 0."
+            remedy = "remove the detach(), or try another batch."
+        return TroubleFound(came, f"gradient from the scores of {layer} to at least one parameter", remedy)
+
+    def _gradients_off(self) -> tuple[str, bool]:
+        """The outermost module around the layer that runs without gradients, and whether checkpointing is why."""
+        found = []
+
+        def check(name: str, module: nn.Module, args: Any) -> None:
+            if not torch.is_grad_enabled():
+                code = [frame.f_code for frame, _ in traceback.walk_stack(None)]
+                found.append((name or "the model", CheckpointFunction.forward.__code__ in code))
+
+        with ExitStack() as handles:
+            for name, module in named_modules(self.model).items():
+                if within(self.layer.record.layer, name):
+                    handles.callback(module.register_forward_pre_hook(partial(check, name)).remove)
+            call(self.model, self.inputs)
+        return found[0] if found else ("", False)
 
     def overhead(self, rounds: int) -> Overhead:
-        """How many times longer a step takes with the loss; capture is put on and taken off in each."""
+        """How many times longer a step takes with the loss; each round times a step with and one without."""
+        ratios: list[float] = []
+        start = time.perf_counter()
+        for number in range(-1, rounds):  # the first one warms up
+            order = (False, True) if number % 2 else (True, False)
+            seconds = {congruence: self._seconds(congruence) for congruence in order}
+            if number >= 0:
+                ratios.append(seconds[True] / seconds[False])
+            if len(ratios) >= 3 and time.perf_counter() - start > _MAX_SECONDS:
+                break
+        low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        return Overhead(median, low, high, len(ratios))
 
-        def plain() -> None:
-            main = bench.main_loss(bench.call(self.model, self.batch))
-            if main is not None:
-                main.backward()
+    def _seconds(self, congruence: bool) -> float:
+        synchronize = torch.cuda.synchronize if any(p.is_cuda for p in self.model.parameters()) else lambda: None
+        synchronize()
+        start = time.perf_counter()
+        output, loss = self._run() if congruence else (call(self.model, self.inputs), None)
+        main = _main_loss(output)
+        total = main if loss is None else loss if main is None else main + loss
+        if total is not None:
+            total.backward()
+        synchronize()
+        seconds = time.perf_counter() - start
+        self.model.zero_grad()
+        return seconds
 
-        def full() -> None:
-            with capture_attention(self.model, self.layer) as capture:
-                main = bench.main_loss(bench.call(self.model, self.batch))
-                congruence = cacr_loss(capture.pop_all()[self.number], self.place, direction=self.direction)
-            (congruence if main is None else main + congruence).backward()
 
-        return bench.overhead(self.model, plain, full, rounds)
+def _main_loss(output: Any) -> Tensor | None:
+    """The model's own loss, or a substitute that depends on its whole output; None where nothing has a gradient."""
+    loss = loss_in(output)
+    if loss is not None and loss.requires_grad:
+        return loss
+    parts = [t.float().square().mean() for t in _tensors(output) if t.requires_grad and t.numel()]
+    return torch.stack(parts).sum() if parts else None

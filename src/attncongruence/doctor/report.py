@@ -1,29 +1,38 @@
-"""What an examination found, as plain values: they print, compare and become JSON."""
+"""The report of an examination: plain values that print, become JSON; its text, and the code it suggests."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+import textwrap
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any
+
+from attncongruence.training.outputs import loss_in
+
+_WIDTH, _KEY, _NAME = 96, 13, 54
+
+
+class TroubleFound(Exception):
+    """Ends the examination; its arguments are those of a `Trouble`."""
 
 
 @dataclass(frozen=True)
 class Trouble:
     """Something that keeps the loss from training this model."""
 
-    came: str
-    """What was found."""
-    allowed: str
-    """What would be right."""
-    remedy: str
-    """What to do."""
+    came: str  # what was found
+    allowed: str  # what is needed
+    remedy: str  # what to do
 
 
 @dataclass(frozen=True)
-class Attending:
+class AttentionCall:
     """One attention operation of a forward pass."""
 
     module: str
-    kind: str
-    """`"self"` or `"cross"`."""
+    kind: str  # "self" or "cross"
     heads: int
     queries: int
     keys: int
@@ -31,44 +40,33 @@ class Attending:
 
 @dataclass(frozen=True)
 class Captured:
-    """What capture took from the examined layer."""
+    """What was captured from the examined layer."""
 
-    shape: tuple[int, int, int, int]
-    """Batch, heads, queries, keys."""
+    shape: tuple[int, int, int, int]  # batch, heads, queries, keys
     dtype: str
-    offers_query_key: bool
-    """Whether `query`, `key` and `scale` give the scores; else there are scores alone."""
-    streaming: bool
-    """Whether the loss has a form in linear memory here."""
-    mask: str
-    """`"none"`, `"tokens"` (padding), `"causal"` or `"pairs"`."""
-    hidden: float
-    """Share of pairs that may not attend."""
-    shifted: bool
-    """Whether the softmax sees scores less their row's maximum, so that raw scores mean nothing."""
+    offers_query_key: bool  # whether query, key and scale give the scores; otherwise only scores are available
+    streaming: bool  # whether the loss can run in linear memory
+    mask: str  # "none", "tokens" (padding), "causal" or "pairs"
+    hidden: float  # share of pairs that may not attend
+    shifted: bool  # whether the model subtracts each row's maximum, so that raw scores have no meaning
 
 
 @dataclass(frozen=True)
-class Placed:
+class TokenPlaces:
     """Where text and image are."""
 
-    how: str
-    """Where the layout came from."""
+    how: str  # where the layout came from
     guessed: bool
-    text: list[int]
-    """Text tokens of each sample."""
+    text: list[int]  # number of text tokens of each sample
     image: list[int]
-    seen_by_text: float
-    """Share of pairs (text, image) that may attend: LV."""
-    seen_by_image: float
-    """Share of pairs (image, text): VL."""
-    confirmed: bool | None
-    """Whether changed pictures change none of the positions called text; None: it can't be told."""
+    seen_by_text: float  # share of pairs (text, image) that may attend: LV
+    seen_by_image: float  # share of pairs (image, text): VL
+    confirmed: bool | None  # whether no text position changes when the pictures do; None: this cannot be tested
 
 
 @dataclass(frozen=True)
 class LossRow:
-    """The loss under one convention, in nats; None where it is not defined, and `why` says so."""
+    """The loss under one convention, in nats. A direction is None where it is not defined; `why` gives the reason."""
 
     name: str
     language: float | None
@@ -81,18 +79,15 @@ class LossRow:
 class Gradient:
     """Which parameters the congruence loss alone trains."""
 
-    reached: list[str]
-    """Parameters of the layer that get gradient."""
-    untouched: list[str]
-    """Those that get none, or rounding noise: values and output take no part in scores."""
+    reached: list[str]  # parameters of the layer that get gradient
+    untouched: list[str]  # those that get none or rounding errors: values and output do not influence scores
     frozen: list[str]
-    elsewhere: int
-    """Parameters outside of the layer that get gradient."""
+    elsewhere: int  # number of parameters outside the layer that get gradient
 
 
 @dataclass(frozen=True)
 class Overhead:
-    """Forward and backward with the loss, in times of the same without: median and quartiles of paired rounds."""
+    """Time of forward and backward with the loss, relative to the same without it; quartiles of paired rounds."""
 
     median: float
     lower_quartile: float
@@ -102,31 +97,31 @@ class Overhead:
 
 @dataclass
 class Report:
-    """All that `examine` found; parts that could not be looked at are None or empty, and a trouble says why."""
+    """All that `examine` found. Parts that could not be examined are None or empty; a trouble says why."""
 
     model: str
     batch_size: int | None = None
-    attention: list[Attending] = field(default_factory=list)
-    """Every attention that ran, in order."""
+    attention: list[AttentionCall] = field(default_factory=list)
+    """Every attention operation that ran, in order."""
     unseen: dict[str, str] = field(default_factory=dict)
-    """Modules that look like attention, in which none was seen: name to class."""
+    """Modules that look like attention but in which none was seen: name to class."""
     default: str | None = None
-    """What `capture_attention(model)` takes."""
+    """The layer that `capture_attention(model)` takes."""
     layer: str | None = None
-    """What was examined."""
+    """The layer that was examined."""
     captured: Captured | None = None
-    placed: Placed | None = None
+    placed: TokenPlaces | None = None
     gradient: Gradient | None = None
     losses: list[LossRow] = field(default_factory=list)
     direction: str | None = None
-    """What the snippets use."""
+    """The direction that gradient, overhead and code use."""
     overhead: Overhead | None = None
     unchanged: bool | None = None
-    """Whether outputs are the same bit for bit with capture; None: the model does not repeat itself."""
+    """Whether capture leaves the outputs bitwise unchanged; None: the model does not repeat itself under one seed."""
     restored: bool = False
     """Whether the model was left as it was found."""
     snippet: str | None = None
-    """What to write in a training loop."""
+    """Code for a training loop."""
     one_line: str | None = None
     """The same with `regularize`; None where the model returns no loss."""
     notes: list[str] = field(default_factory=list)
@@ -136,3 +131,166 @@ class Report:
     def ok(self) -> bool:
         """Whether the loss can train this model as it is."""
         return not self.troubles
+
+
+def kind_of(name: str) -> str:
+    """A layer's name with `*` for its numbers: layers of one kind share it."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def listing(items: Iterable[object], most: int = 6) -> str:
+    """The first few of some items, and how many more there are."""
+    words = [str(item) for item in items]
+    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
+
+
+def as_text(report: Report) -> str:
+    """The report for a terminal: ASCII, narrower than 100 columns, without the parts that could not be examined."""
+    size = "" if report.batch_size is None else f", a batch of {report.batch_size}"
+    parts = [f"{report.model}{size}, in training mode", _attention(report), _captured(report), _placed(report)]
+    parts += [_losses(report), _gradient(report), _model(report)]
+    if report.snippet is not None:
+        one_line = report.one_line or "# regularize adds to the loss that a model returns: this model returned none."
+        parts += ["CODE FOR YOUR TRAINING LOOP", report.snippet, "OR, FOR A TRAINER THAT YOU CANNOT EDIT", one_line]
+    parts.append(_section("notes", [("-", note) for note in report.notes]))
+    for number, trouble in enumerate(report.troubles, 1):
+        lines = [("found", trouble.came), ("needed", trouble.allowed), ("do", trouble.remedy)]
+        parts.append(_section(f"trouble {number}", lines))
+    parts.append("All fine." if report.ok else f"Trouble: {len(report.troubles)}.")
+    return "\n\n".join(part for part in parts if part).encode("ascii", "backslashreplace").decode()
+
+
+def _section(title: str, lines: list[tuple[str, str]], table: Iterable[str] = ()) -> str:
+    """A title, the lines of a table, then keys with their values, those that have one; "" where nothing follows."""
+    parts = [title.upper(), *table]
+    for key, value in ((key, value) for key, value in lines if value):
+        start = "  - " if key == "-" else f"  {key:<{_KEY}}"
+        parts.append(textwrap.fill(start + value, _WIDTH, subsequent_indent=" " * len(start), break_on_hyphens=False))
+    return "\n".join(parts) if len(parts) > 1 else ""
+
+
+def _attention(report: Report) -> str:
+    """The attention operations in order; consecutive layers of one kind and size share a line."""
+    table = []
+    for (kind, call), group in groupby(report.attention, key=lambda a: (kind_of(a.module), replace(a, module=""))):
+        names = [one.module for one in group]
+        name = (kind if len(names) > 1 else names[0]) or "the model itself"
+        name = name if len(name) <= _NAME else f"...{name[3 - _NAME :]}"
+        times = f"{len(names):>3} times" if len(names) > 1 else ""
+        size = f"{call.kind:<5} {call.heads:>3} heads {call.queries:>5} x {call.keys:<5}"
+        table.append(f"  {name:<{_NAME}} {size} {times}".rstrip())
+    layer, default = report.layer, report.default
+    lines = [
+        ("not seen", listing(f"{name} ({kind})" for name, kind in report.unseen.items())),
+        ("default", "" if default is None else f"{default or 'the model itself'}, the last self-attention that runs"),
+        ("examined", "" if layer is None else "the default" if layer == default else layer),
+    ]
+    return _section("attention, queries x keys", lines, table)
+
+
+def _captured(report: Report) -> str:
+    if (found := report.captured) is None:
+        return ""
+    batch, heads, queries, keys = found.shape
+    masks = {"tokens": "token mask (padding)", "causal": "attention mask, causal", "pairs": "attention mask"}
+    hidden = f", {found.hidden:.0%} of all pairs hidden" if found.hidden else ""
+    dense = "no, only the dense form" + (": there is an attention mask" if found.offers_query_key else "")
+    offers = "yes" if found.offers_query_key else "no, only scores: the model adds a bias to them, caps or shifts them"
+    shifted = "by each row's maximum: do not use PRINTED, which weighs with raw scores"
+    lines = [
+        ("scores", f"batch {batch}, heads {heads}, queries {queries}, keys {keys}, from {found.dtype}"),
+        ("q, k, scale", offers),
+        ("streaming", "yes, impl='streaming' is possible" if found.streaming else dense),
+        ("mask", masks.get(found.mask, "none") + hidden),
+        ("shifted", shifted if found.shifted else ""),
+    ]
+    return _section("captured", lines)
+
+
+def _placed(report: Report) -> str:
+    if (placed := report.placed) is None:
+        return ""
+    untested = "cannot be tested: with other pictures, no position of this kind of layer changes, or all do"
+    lines = [
+        ("from", f"A GUESS: {placed.how}" if placed.guessed else placed.how),
+        ("text tokens", f"{listing(placed.text, 16)} in each sample"),
+        ("image tokens", f"{listing(placed.image, 16)} in each sample"),
+        ("text sees", f"{placed.seen_by_text:.0%} of the image (LV)"),
+        ("image sees", f"{placed.seen_by_image:.0%} of the text (VL)"),
+        ("confirmed", "yes: no text position changes when the pictures do" if placed.confirmed else untested),
+    ]
+    return _section("text and image", lines)
+
+
+def _losses(report: Report) -> str:
+    table = [f"  {'nats':<25}{'language':>12}{'vision':>12}{'both':>12}"] if report.losses else []
+    for row in report.losses:
+        values = ["-" if value is None else f"{value:.4g}" for value in (row.language, row.vision, row.both)]
+        table.append(f"  {row.name:<25}" + "".join(f"{value:>12}" for value in values))
+    reasons = dict.fromkeys(row.why for row in report.losses if row.why)
+    return _section("loss", [("-", why) for why in reasons], table)
+
+
+def _gradient(report: Report) -> str:
+    if (found := report.gradient) is None:
+        return ""
+    groups = [("reached", found.reached), ("untouched", found.untouched), ("frozen", found.frozen)]
+    lines = [(key, listing([n.removeprefix(f"{report.layer}.") for n in names], 12)) for key, names in groups]
+    lines.append(("elsewhere", f"{found.elsewhere} parameters of other modules"))
+    return _section(f"gradient of the loss alone, {report.direction}", lines)
+
+
+def _model(report: Report) -> str:
+    overhead, outputs = "", {True: "bitwise unchanged by capture", False: "changed by capture", None: ""}
+    if (cost := report.overhead) is not None:
+        quartiles = f"{cost.lower_quartile:.2f} to {cost.upper_quartile:.2f}, {cost.rounds} rounds"
+        overhead = f"a step takes {cost.median:.2f} times as long (quartiles {quartiles})"
+    restored = "yes: modes, gradients, buffers; no hook is left" if report.restored else ""
+    lines = [("outputs", outputs[report.unchanged]), ("overhead", overhead), ("restored", restored)]
+    return _section("the model", lines)
+
+
+def suggest_code(report: Report, names: list[str], inputs: Any, output: Any, code: str, layers: str) -> None:
+    """Adds code for a training loop to a report, as `snippet` and `one_line`.
+
+    `code` is Python for `n_text`: a number, an expression of `batch` and `captured`, or "" for a function of the user.
+    `layers` is Python for `layers`, "" for the default. `names` are those of the parameters that got the inputs.
+    """
+    number, main, stars, inputs_line, source = code.isdecimal(), loss_in(output), "*", "", "batch"
+    if isinstance(inputs, Mapping):
+        stars = "**"
+    elif isinstance(inputs[0], Mapping):
+        source = "batch[0]"
+    elif not number:
+        inputs_line, source = f"    inputs = dict(zip({tuple(names)!r}, batch))\n", "inputs"
+    accessor = ".loss" if hasattr(output, "loss") else '["loss"]' if isinstance(output, Mapping) else "[0]"
+    main_line = "main_loss(out)  # yours" if main is None else "out" if main is output else f"out{accessor}"
+    imports = "from attncongruence.integrations.huggingface import token_layout\n" if "token_layout" in code else ""
+    define = "" if number else f"{imports}\n\ndef n_text(batch, captured):\n    return {code}\n\n"
+    if not code:
+        define = "\n# n_text: your function of (batch, captured), as given to the doctor\n"
+    layout = "TokenLayout, " if code.startswith("TokenLayout") else ""
+    way = "" if report.direction == "both" else f'direction="{report.direction}"'
+    arguments = ["captured", f"n_text={code}" if number else f"n_text({source}, captured)", way]
+    report.snippet = f"""\
+from attncongruence import {layout}cacr_loss, capture_attention, exponential_warmup
+{define}
+capture = capture_attention({", ".join(filter(None, ["model", layers]))})
+weight = exponential_warmup(total_steps=5000)
+for step, batch in enumerate(loader):
+{inputs_line}    out = model({stars}batch)
+    main = {main_line}
+    captured = capture.pop()
+    congruence = cacr_loss({", ".join(filter(None, arguments))})
+    loss = main + weight(step) * congruence
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+capture.close()"""
+    arguments = ["model", f"CACRLoss({way})", f"n_text={code if number else 'n_text'}", layers and f"layers={layers}"]
+    if main is not None:
+        report.one_line = f"""\
+from attncongruence import CACRLoss, {layout}exponential_warmup, regularize
+{define}
+weight = exponential_warmup(total_steps=5000)
+regularize({", ".join(filter(None, arguments))}, weight=weight)"""
