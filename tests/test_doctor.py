@@ -160,6 +160,9 @@ def test_the_code_it_prints_runs(name):
         assert names["regularizer"].last.congruence.item() == pytest.approx(expected, rel=1e-5)
 
 
+FROZEN = [f"second.self_attn.{n}" for n in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")]
+
+
 def without_gradient(layer, x):
     with torch.no_grad():
         return layer(x)
@@ -170,7 +173,7 @@ def without_gradient(layer, x):
     [
         (
             Plain().requires_grad_(False),
-            "get no gradient: frozen are second.self_attn.in_proj_weight",
+            "get no gradient: " + ", ".join(FROZEN) + " are frozen",
             "requires_grad_(True)",
         ),
         (Plain(without_gradient), "second runs with gradients off", "remove the no_grad()"),
