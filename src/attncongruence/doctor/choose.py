@@ -90,11 +90,11 @@ def _sizes(log: Log) -> str:
 
 
 def choose(
-    model: nn.Module, batch: Batch, log: Log, other: Log, those: list[Candidate], n_text: NTextOrFunction | None
+    model: nn.Module, batch: Batch, log: Log, other: Log, found: list[Candidate], n_text: NTextOrFunction | None
 ) -> tuple[Candidate, Proposal, TokenPlaces]:
     """The first candidate whose text and image positions are known; `other` is the log with other pictures."""
     refused: list[str] = []
-    for candidate in those:
+    for candidate in found:
         record = candidate.record
         try:
             proposals = list(_guesses(model, batch, record)) if n_text is None else [_given(n_text, batch, record)]
@@ -109,7 +109,7 @@ def choose(
     raise TroubleFound(
         refused[0] if refused else "n_text was not given, and cannot be guessed from the batch",
         "a layout of the joint sequence that the layer attends over, with text and image in it",
-        _N_TEXT + (f" There is cross-attention: otherwise {_STREAMS}" if any(crosses(s) for _, s in log) else ""),
+        _N_TEXT + (f" If no layer attends over both, {_STREAMS}" if any(crosses(seen) for _, seen in log) else ""),
     )
 
 

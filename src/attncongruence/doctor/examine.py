@@ -109,13 +109,13 @@ def _examine(
     for name, kind in find_attention(model).items():
         if not any(within(ran, name) or within(name, ran) for ran, _ in log):
             report.unseen[name] = kind
-
-    those = candidates(model, log, layers)
-    _add_layer(report, those[0].record)
+    found = candidates(model, log, layers)
+    _add_layer(report, found[0].record)
     report.default = candidates(model, log, -1)[0].record.layer
     args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
     batch = batch_of(model.forward, args, kwargs)
-    chosen, proposal, report.placed = choose(model, batch, log, other, those, n_text)
+    chosen, proposal, report.placed = choose(model, batch, log, other, found, n_text)
+    del other  # and its graph
     _add_layer(report, chosen.record)
     if layers == -1 and report.layer != report.default:
         report.notes.append(
@@ -134,9 +134,9 @@ def _examine(
 
     report.direction = way = _direction(report, direction)
     step = measure.Step(model, inputs, chosen, proposal.n_text, way)
-    report.gradient = found = step.gradient()
-    if found.frozen and not found.reached:
-        report.notes.append(f"{report.layer} is frozen: the loss trains {found.elsewhere} parameters before it.")
+    report.gradient = gradient = step.gradient()
+    if gradient.frozen and not gradient.reached:
+        report.notes.append(f"{report.layer} is frozen: the loss trains {gradient.elsewhere} parameters before it.")
     report.overhead = step.overhead(rounds)
     suggest_code(report, list(batch), inputs, plain, proposal.code, chosen.code)
 
@@ -153,7 +153,7 @@ def _direction(report: Report, wanted: Direction | None) -> Direction:
     default: Direction = "both" if all_pairs else "vision" if released.language is None else "language"
     way = wanted or default
     if getattr(released, way) is None:
-        raise TroubleFound(f"direction={way!r} is not defined here", "a direction that is", released.why)
+        raise TroubleFound(f"direction={way!r} is not defined here", "a direction that is defined", released.why)
     if wanted is None and way == "language" and released.vision is not None:
         report.notes.append(
             f"Image tokens see {placed.seen_by_image:.0%} of the text: vision is defined but means little, so the "

@@ -184,7 +184,7 @@ class Step:
             came = f"{module} runs with gradients off (torch.no_grad or inference_mode in its forward)."
             remedy = "remove the no_grad() around it, or choose an earlier layer with layers= (--layers)."
         elif frozen:
-            came = f"the scores of {layer} get no gradient: {listing(frozen)} are frozen, as is everything before."
+            came = f"the scores of {layer} get no gradient: {listing(frozen)} are frozen, as is all before them."
             remedy = f"unfreeze the layer, model.get_submodule({self.layer.record.layer!r}).requires_grad_(True), or "
             remedy += "train something before it (LoRA on its queries or keys is enough)."
         else:
