@@ -257,6 +257,10 @@ def _same_shape(text: Bool[Tensor, "batch length"], image: Bool[Tensor, "batch l
 def as_layout(n_text: Tensor | TokenLayout, tokens: Tensor | None, batch: int, length: int) -> TokenLayout:
     """The layout of real tokens, checked against the scores."""
     if isinstance(n_text, Tensor):
+        if n_text.shape != (batch,):
+            raise ValueError(
+                f"n_text has shape {tuple(n_text.shape)}, and the batch {batch} samples: give one for each"
+            )
         return TokenLayout.from_n_text(n_text, length, None if tokens is None else tokens.expand(batch, length))
     if n_text.text.shape[0] not in (1, batch) or n_text.text.shape[1] != length:
         raise ValueError(

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attncongruence.blocks import locate
 from attncongruence.capture import CapturedAttention
 from attncongruence.capture.find import Log, crosses, select_modules, self_attention
 from attncongruence.capture.reasons import nothing_seen
 from attncongruence.doctor.report import TokenPlaces, TroubleFound, kind_of
 from attncongruence.layout import TokenLayout
-from attncongruence.locate import locate
 
 Batch = Mapping[str, Any]  # what the model was called with, by parameter name
 NText = int | Tensor | TokenLayout
@@ -149,9 +149,9 @@ def _guesses(model: nn.Module, batch: Batch, record: CapturedAttention) -> Itera
 def _places(record: CapturedAttention, proposal: Proposal, changed: Tensor) -> TokenPlaces:
     """Where a proposal puts text and image; a ValueError where that is wrong, or a guess that nothing confirms."""
     try:
-        like = record.scores if record.query is None else record.query
-        text, image = locate(like, proposal.n_text, record.allowed)[:2]
-    except (ValueError, TypeError, RuntimeError) as error:
+        where = locate(record, proposal.n_text, source=record)
+        text, image = where.text, where.image
+    except ValueError as error:
         size = f"{record.layer}, which attends over {record.lengths[0]} positions"
         raise ValueError(f"n_text does not fit {size}: {error}") from error
     confirmed: bool | None = None  # where nothing changes (learned queries replace the image), or everything does
