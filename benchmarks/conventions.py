@@ -8,6 +8,7 @@ numbers (`tests/test_docs.py` compares them).
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -146,5 +147,6 @@ def _head(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m benchmarks.conventions", description=__doc__.splitlines()[0]).parse_args()
     write("conventions", "benchmarks.conventions", measure())
     print(tables(committed("conventions")))

@@ -6,6 +6,7 @@ Everything is written for the side of `own` tokens seen through `other` ones; te
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -41,13 +42,20 @@ class Modality:
         return torch.arange(self.q.shape[2], device=self.q.device) < self.lengths[:, None]
 
 
-class Small:
-    """The blocks of probabilities that are small enough to be built: all but VV, the map of the larger modality."""
+class SmallMaps:
+    """The maps of probabilities that are small enough to be built: all but VV, that of the larger modality.
 
-    LV: Tensor
-    VL: Tensor
+    Args:
+        text: the smaller modality.
+        image: the larger one.
+        scale: factor of `q k^T`.
+        convention: its form, on probabilities.
+        cross_grad: whether LV and VL have a gradient.
+    """
 
-    def __init__(self, text: Modality, image: Modality, scale: float, convention: Convention) -> None:
+    def __init__(
+        self, text: Modality, image: Modality, scale: float, convention: Convention, *, cross_grad: bool
+    ) -> None:
         self.text, self.image, self.scale, self.convention = text, image, scale, convention
         token_masks = text.token_mask, image.token_mask
         self.masks = Quadrants(
@@ -55,11 +63,9 @@ class Small:
         )
         self.scores = block(text.q, text.k, scale)
         self.LL = attention_map(self.scores, self.masks.LL, convention)
-
-    def build_cross_maps(self) -> None:
-        """LV and VL, with or without a gradient, as gradients are on or off."""
-        self.LV = attention_map(block(self.text.q, self.image.k, self.scale), self.masks.LV, self.convention)
-        self.VL = attention_map(block(self.image.q, self.text.k, self.scale), self.masks.VL, self.convention)
+        with torch.set_grad_enabled(cross_grad and torch.is_grad_enabled()):
+            self.LV = attention_map(block(text.q, image.k, scale), self.masks.LV, convention)
+            self.VL = attention_map(block(image.q, text.k, scale), self.masks.VL, convention)
 
     def own(self, target: Target) -> Tensor:
         """LL as the logits of a target."""
@@ -81,15 +87,15 @@ class Form(Protocol):
         """What a row is compared with: softmax(T), T itself, or T by the distributed formula."""
         ...
 
-    def projection(self, small: Small) -> Tensor | None:
+    def projection(self, small: SmallMaps) -> Tensor | None:
         """E, `(batch, N, M)`, where E VV E^T is wanted."""
         ...
 
-    def factors(self, small: Small) -> Pair:
+    def factors(self, small: SmallMaps) -> Pair:
         """F `(batch, M, rank)` and G, whose product F G^T is compared with VV."""
         ...
 
-    def rows(self, small: Small, R: Tensor) -> Tensor:
+    def rows(self, small: SmallMaps, R: Tensor) -> Tensor:
         """Per-row divergence of the language side, `(batch, 1, N)`; R is `E VV E^T`, empty if not wanted."""
         ...
 
@@ -108,8 +114,8 @@ class CACR:
         mask, tau = other.token_mask, convention.temperature
         if mask is not None:
             mask = (mask | (other.lengths == 0)[:, None])[:, None, None]
-        attend = nn.functional.scaled_dot_product_attention
-        return tuple(attend(q, k, x, attn_mask=mask, scale=scale / tau) for x in (other.q, other.k))  # type: ignore[return-value]
+        attend = partial(nn.functional.scaled_dot_product_attention, q, k, attn_mask=mask, scale=scale / tau)
+        return attend(other.q), attend(other.k)
 
     def through_equivalence(self, convention: Convention) -> bool:
         """Unless E is a constant."""
@@ -119,16 +125,16 @@ class CACR:
         """With a second softmax, or the probabilities themselves."""
         return "softmax" if convention.target_softmax else "log"
 
-    def projection(self, small: Small) -> Tensor:
+    def projection(self, small: SmallMaps) -> Tensor:
         """E of the language side."""
         return equivalence(small.LV, small.masks.LV, small.convention)[:, 0]
 
-    def factors(self, small: Small) -> Pair:
+    def factors(self, small: SmallMaps) -> Pair:
         """R = E LL E^T of the vision side."""
         E = equivalence(small.VL, small.masks.VL, small.convention)[:, 0]
         return E @ small.LL[:, 0], E
 
-    def rows(self, small: Small, R: Tensor) -> Tensor:
+    def rows(self, small: SmallMaps, R: Tensor) -> Tensor:
         """m-KL(sigma(R), sigma(LL))."""
         return m_kl(R, small.own(self.target(small.convention)), small.masks.LL)
 
@@ -150,10 +156,10 @@ class Singular:
         """As `CACR.target`."""
         return "softmax" if convention.iais_target_softmax else "log"
 
-    def projection(self, small: Small) -> None:
+    def projection(self, small: SmallMaps) -> None:
         """Not wanted: `rows` builds only the rows of VV that are picked."""
 
-    def factors(self, small: Small) -> Pair:
+    def factors(self, small: SmallMaps) -> Pair:
         """R[i, j] = LL[a_i, a_j], from its picked rows and a one-hot E."""
         best, LL = _best(small.VL, small.text.token_mask)[:, 0], small.LL[:, 0]
         G = (best[..., None] == torch.arange(LL.shape[-1], device=best.device)).to(LL.dtype)
@@ -161,7 +167,7 @@ class Singular:
         mask = None if small.image.token_mask is None else small.image.token_mask[..., None]
         return fill(F, mask, 0.0), fill(G, mask, 0.0)
 
-    def rows(self, small: Small, R: Tensor) -> Tensor:
+    def rows(self, small: SmallMaps, R: Tensor) -> Tensor:
         """m-KL(sigma(R), A_LL) with R = VV[argmax LV, argmax LV]."""
         best, image = _best(small.LV, small.image.token_mask), small.image
         heads, width = image.q.shape[1], image.q.shape[3]
@@ -186,14 +192,14 @@ class Distributed:
         """With a formula of its own."""
         return "distributed"
 
-    def projection(self, small: Small) -> None:
+    def projection(self, small: SmallMaps) -> None:
         """The language side does not look at VV."""
 
-    def factors(self, small: Small) -> Pair:
+    def factors(self, small: SmallMaps) -> Pair:
         """A_VL A_LV against A_VV."""
         return small.VL[:, 0], small.LV[:, 0].mT
 
-    def rows(self, small: Small, R: Tensor) -> Tensor:
+    def rows(self, small: SmallMaps, R: Tensor) -> Tensor:
         """A_LV A_VL against A_LL."""
         return distributed_kl(small.LV @ small.VL, small.LL, small.convention.epsilon)
 

@@ -12,13 +12,13 @@ import triton.language as tl  # type: ignore[import-untyped]
 from triton.language import constexpr
 
 LOG2E, LN2 = constexpr(math.log2(math.e)), constexpr(math.log(2))
-# Below any score, yet finite: the difference of two such is no NaN.
+# Below any score, yet finite, so that the difference of two is not NaN.
 NONE = constexpr(-1e30)
 
 
 @triton.jit
 def tile(matrix, rows, count, WIDTH: constexpr, PADDED: constexpr, MASKED: constexpr):
-    """Some rows of a matrix `(count, WIDTH)` as `(rows, PADDED)`; zeros where the matrix has none."""
+    """Some rows of a matrix `(count, WIDTH)` as `(rows, PADDED)`, filled up with zeros."""
     columns = tl.arange(0, PADDED)
     pointers = matrix + rows[:, None] * WIDTH + columns[None, :]
     if MASKED:
@@ -46,7 +46,7 @@ def rounded(x, like):
 
 @triton.jit
 def here(lengths, heads, n, WIDTH: constexpr, ROWS: constexpr):
-    """Which map a program is at, where that begins, how many rows are a sample's own; and which ROWS are its task."""
+    """A program's map: its number, offset, and count of the sample's own rows. Then the first and all of its ROWS."""
     index = tl.program_id(0) // tl.cdiv(n, ROWS)
     start = tl.program_id(0) % tl.cdiv(n, ROWS) * ROWS
     count = tl.load(lengths + index // heads).to(tl.int32)
@@ -57,9 +57,9 @@ def here(lengths, heads, n, WIDTH: constexpr, ROWS: constexpr):
 def product(a, b, PRECISION: constexpr):
     """`a @ b` in float32."""
     if INTERPRETED and a.dtype != tl.float32:
-        # The interpreter takes bfloat16 for 16-bit integers, and leaves sums to a BLAS whose order depends on the CPU,
-        # the shape and which side is transposed. So kernels would disagree about a score (by 0.1 where it is 1e6), and
-        # a softmax about its own normaliser. In float64 the order does not matter.
+        # The interpreter reads bfloat16 as 16-bit integers, and its sums come from a BLAS whose order depends on CPU,
+        # shape and which side is transposed. Two kernels would get different scores (by 0.1 where a score is 1e6),
+        # and a softmax a wrong normalizer. In float64 the order does not matter.
         x = a.to(tl.float32).to(tl.float64)[:, :, None] * b.to(tl.float32).to(tl.float64)[None, :, :]
         c = tl.sum(x, 1).to(tl.float32)
     else:

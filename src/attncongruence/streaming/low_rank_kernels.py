@@ -80,26 +80,26 @@ def _statistics(A, B, C, D, lengths, factors, statistics, heads, n, scale,
         m_x, l_x, s_x, m_y, l_y, s_y = _sums(m_x, l_x, s_x, m_y, l_y, s_y, a, c, B, D, factor_x, factor_y, j + other,
                                              count, WIDTH, PADDED, PRECISION, True)  # fmt: skip
 
-    real = own < count
-    l_x = tl.where(real, l_x, 1.0)
-    l_y = tl.where(real, l_y, 1.0)
+    own_row = own < count
+    l_x = tl.where(own_row, l_x, 1.0)
+    l_y = tl.where(own_row, l_y, 1.0)
     # sum_j P_j (u_j - v_j), where u - v = d - (m_x - m_y) - (log l_x - log l_y)
-    centre = tl.log2(l_x) - tl.log2(l_y)
+    center = tl.log2(l_x) - tl.log2(l_y)
     to = statistics + index.to(tl.int64) * 4 * n + own
-    tl.store(to, tl.where(real, m_x + tl.log2(l_x), 0.0), mask=own < n)
-    tl.store(to + n, tl.where(real, m_y + tl.log2(l_y), 0.0), mask=own < n)
-    tl.store(to + 2 * n, tl.where(real, s_x / l_x - centre, 0.0), mask=own < n)
-    tl.store(to + 3 * n, tl.where(real, s_y / l_y - centre, 0.0), mask=own < n)
+    tl.store(to, tl.where(own_row, m_x + tl.log2(l_x), 0.0), mask=own < n)
+    tl.store(to + n, tl.where(own_row, m_y + tl.log2(l_y), 0.0), mask=own < n)
+    tl.store(to + 2 * n, tl.where(own_row, s_x / l_x - center, 0.0), mask=own < n)
+    tl.store(to + 3 * n, tl.where(own_row, s_y / l_y - center, 0.0), mask=own < n)
 
 
 @triton.jit
 def _of_rows(statistics, n, rows, count, power):
-    """What both gradients need to know of some rows; where there is no row, 0."""
-    real = rows < count
-    lse_x = tl.load(statistics + rows, mask=real, other=0.0) - power
-    lse_y = tl.load(statistics + n + rows, mask=real, other=0.0) - power
-    mu = tl.load(statistics + 2 * n + rows, mask=real, other=0.0)
-    nu = tl.load(statistics + 3 * n + rows, mask=real, other=0.0)
+    """The statistics of some rows that both gradients need; 0 beyond the last row."""
+    own_row = rows < count
+    lse_x = tl.load(statistics + rows, mask=own_row, other=0.0) - power
+    lse_y = tl.load(statistics + n + rows, mask=own_row, other=0.0) - power
+    mu = tl.load(statistics + 2 * n + rows, mask=own_row, other=0.0)
+    nu = tl.load(statistics + 3 * n + rows, mask=own_row, other=0.0)
     return lse_x, lse_y, 1 - mu * LN2, 1 + nu * LN2
 
 
@@ -107,7 +107,7 @@ def _of_rows(statistics, n, rows, count, power):
 def _sweep(sum_1, sum_2, own_1, own_2, OTHER_1, OTHER_2, lse_x, lse_y, one_mu, one_nu, statistics, n, power,
            factor_x, factor_y, own, other, count, BY_ROW: constexpr,
            WIDTH: constexpr, PADDED: constexpr, PRECISION: constexpr, MASKED: constexpr):  # fmt: skip
-    """Add what one tile of x and y gives to the gradients of a program's own rows (or columns)."""
+    """Add one tile of x and y to the gradients of a program's own rows (or columns)."""
     other_1 = tile(OTHER_1, other, count, WIDTH, PADDED, MASKED)
     other_2 = tile(OTHER_2, other, count, WIDTH, PADDED, MASKED)
     if BY_ROW:
@@ -119,9 +119,9 @@ def _sweep(sum_1, sum_2, own_1, own_2, OTHER_1, OTHER_2, lse_x, lse_y, one_mu, o
     u = product(own_1, tl.trans(other_1), PRECISION) * factor_x - lse_x
     v = product(own_2, tl.trans(other_2), PRECISION) * factor_y - lse_y
     if MASKED:
-        real = (own < count)[:, None] & (other < count)[None, :]
-        u = tl.where(real, u, NONE)
-        v = tl.where(real, v, NONE)
+        own_row = (own < count)[:, None] & (other < count)[None, :]
+        u = tl.where(own_row, u, NONE)
+        v = tl.where(own_row, v, NONE)
     P = tl.exp2(u)
     T = tl.exp2(v)
     d = (u - v) * LN2

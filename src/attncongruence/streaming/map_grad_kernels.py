@@ -20,7 +20,7 @@ from attncongruence.streaming.map_kernels import ready
 @triton.jit
 def _add_columns(sum_dT, sum_Pk, c, q, K, lse, dT, factor, weight, own, other, end, count,
                  WIDTH: constexpr, PADDED: constexpr, PRECISION: constexpr, MASKED: constexpr):  # fmt: skip
-    """Add what some more columns give to the gradient of rows of q."""
+    """Add some more columns to the gradient of rows of q."""
     k = tile(K, other, count, WIDTH, PADDED, MASKED)
     u = product(q, tl.trans(k), PRECISION) * factor - lse[:, None]
     if MASKED:
@@ -42,7 +42,7 @@ def _grad_q_kernel(Q, K, lse, lengths, dT, powers, out, out_c, heads, n, start, 
                    WIDTH: constexpr, PADDED: constexpr, ROWS: constexpr, COLUMNS: constexpr,
                    PRECISION: constexpr):  # fmt: skip
     """dq, `(batch, heads, stop - start, WIDTH)`, and c, `(batch, heads, stop - start)`: ROWS rows of one head."""
-    # The heads of some rows are at work together: they read the same dT.
+    # Programs for the heads of the same rows run together, since they read the same dT.
     down = tl.cdiv(stop - start, ROWS)
     sample = tl.program_id(0) // (heads * down)
     head = (sample * heads + tl.program_id(0) % heads).to(tl.int64)
@@ -86,7 +86,7 @@ def _grad_q_kernel(Q, K, lse, lengths, dT, powers, out, out_c, heads, n, start, 
 @triton.jit
 def _add_rows(sum_k, k, Q, lse, dT, C, factor, weight, lift, heads, own, other, start, end, count, n,
               WIDTH: constexpr, PADDED: constexpr, PRECISION: constexpr, MASKED: constexpr):  # fmt: skip
-    """Add what some more rows give to the gradient of rows of k."""
+    """Add some more rows to the gradient of rows of k."""
     q = tile(Q, other, end, WIDTH, PADDED, MASKED)
     lse_row = tl.load(lse + other, mask=other < end, other=0.0) * LOG2E - lift
     c = tl.load(C + (other - start), mask=other < end, other=0.0) * (heads * weight)
@@ -146,7 +146,7 @@ def _grad_k_kernel(Q, K, lse, lengths, dT, powers, C, out, heads, n, start, stop
 def mean_rows_grad_q(
     q: Tensor, k: Tensor, lse: Tensor, lengths: Tensor, scale: float, start: int, stop: int, dT: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """From the gradient by rows `start` to `stop` of T to that by the same rows of q.
+    """Gradient of rows `start` to `stop` of q, from that of the same rows of T.
 
     Args:
         q, k, lse, lengths, scale, start, stop: as for `mean_rows`.
@@ -175,7 +175,7 @@ def mean_rows_grad_k(
     q: Tensor, k: Tensor, lse: Tensor, lengths: Tensor, scale: float, start: int, stop: int,
     dT: Tensor, c: Tensor, dk: Tensor,
 ) -> None:  # fmt: skip
-    """Add what rows `start` to `stop` of T contribute to the gradient by k.
+    """Add to the gradient of k what comes from rows `start` to `stop` of T.
 
     Args:
         q, k, lse, lengths, scale, start, stop, dT: as for `mean_rows_grad_q`.
@@ -195,14 +195,14 @@ def mean_rows_grad_k(
 
 
 def _powers(dT: Tensor, lengths: Tensor, start: int, dtype: torch.dtype) -> Tensor:
-    """Powers of two that keep P and P dT within float16, and what undoes them, `(batch, 4)`: for dT, P, both, P.
+    """Powers of two that keep P and P dT within float16, `(batch, 4)`: for dT, for P, and the inverses for both, for P.
 
     P is lifted to at most 2^14 and dT brought below 1, so that `P (dT - heads c)` is at most 2^15.
     """
     batch, rows, n = dT.shape
     power = lift = torch.zeros(batch, device=dT.device, dtype=torch.float32)
     if dtype == torch.float16:
-        real = torch.arange(n, device=dT.device) < lengths[:, None]
-        peak = torch.where(real[:, start : start + rows, None] & real[:, None, :], dT, 0).abs().amax((1, 2))
+        own = torch.arange(n, device=dT.device) < lengths[:, None]
+        peak = torch.where(own[:, start : start + rows, None] & own[:, None, :], dT, 0).abs().amax((1, 2))
         power, lift = torch.frexp(peak.float()).exponent.clamp(-100, 100).float(), lift + 14
     return torch.stack((torch.exp2(-power), lift, torch.exp2(power - lift), torch.exp2(-lift)), -1)

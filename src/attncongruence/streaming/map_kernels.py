@@ -48,9 +48,9 @@ def _logsumexp_kernel(Q, K, lengths, out, heads, n, scale,
     for j in range(whole, tl.where(start < count, count, 0), COLUMNS):
         m, l = _online(m, l, q, K, factor, j + tl.arange(0, COLUMNS), count, WIDTH, PADDED, PRECISION, True)
 
-    real = own < count
-    lse = (m + tl.log2(tl.where(real, l, 1.0))) * LN2
-    tl.store(out + index.to(tl.int64) * n + own, tl.where(real, lse, 0.0), mask=own < n)
+    own_row = own < count
+    lse = (m + tl.log2(tl.where(own_row, l, 1.0))) * LN2
+    tl.store(out + index.to(tl.int64) * n + own, tl.where(own_row, lse, 0.0), mask=own < n)
 
 
 @triton.jit

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from attncongruence._typing import Direction, Impl, at_least_float32, no_autocas
 from attncongruence.blocks import Attention, AttentionBlocks, Located, NText, both_modalities, locate, take
 from attncongruence.conventions import Convention
 from attncongruence.maps import zero_losses
-from attncongruence.streaming.forms import Form, Modality, Small
+from attncongruence.streaming.forms import Form, Modality, SmallMaps
 from attncongruence.streaming.low_rank import low_rank_kl
 from attncongruence.streaming.mean_map import mean_map
 from attncongruence.streaming.ops import first_derivative_only, kernels
@@ -102,7 +101,8 @@ def per_sample(source: Any, where: Located, form: Form, convention: Convention, 
         if text.q.shape[2] > image.q.shape[2]:
             # The larger modality's map is the one that is never built.
             text, image, direction = image, text, _OTHER_WAY[direction]
-        loss = _on_probabilities(Small(text, image, scale, convention), form, direction)
+        maps = SmallMaps(text, image, scale, convention, cross_grad=form.through_equivalence(convention))
+        loss = _on_probabilities(maps, form, direction)
         return loss.view(-1, heads).mean(1) if convention.heads == "mean_loss" else loss
 
 
@@ -155,12 +155,10 @@ def _on_scores(own: Modality, other: Modality, scale: float, form: Form, convent
     return _each_row(rows, own, convention).mean(1)
 
 
-def _on_probabilities(small: Small, form: Form, direction: Direction) -> Tensor:
+def _on_probabilities(small: SmallMaps, form: Form, direction: Direction) -> Tensor:
     """One side or both, where all blocks but VV are small enough to be built; `mean_map` replaces VV."""
     language, vision = direction != "vision", direction != "language"
     text, image, convention = small.text, small.image, small.convention
-    with torch.set_grad_enabled(form.through_equivalence(convention) and torch.is_grad_enabled()):
-        small.build_cross_maps()
     # What is asked of VV: E VV E^T, and the rows of FG^T against its own.
     E = form.projection(small) if language else None
     F, G = form.factors(small) if vision else (None, None)
