@@ -51,7 +51,7 @@ def test_the_tolerance_tells_pictures_apart(tmp_path):
         ("blocks", plot_blocks(S.mT, 4)),
         ("blocks_causal", plot_blocks(S.masked_fill(~causal(9), 0.0), 4, values="probabilities")),
         ("congruence", plot_congruence(S.mT, 4, convention=CONVENTIONS["WEIGHTED_MEAN"])),
-        ("patches", plot_token_attention(image(40, 64), scores(1, 2, 17), 1, n_text=2, grid=(3, 5), top=3)),
+        ("patches", plot_token_attention(scores(1, 2, 17), 2, image=image(40, 64), token=1, grid=(3, 5), top=3)),
     ):
         save(figure, tmp_path / "other.png")
         assert compare_images(str(FOLDER / f"{name}.png"), str(tmp_path / "other.png"), 2 * TOLERANCE) is not None
@@ -279,7 +279,7 @@ PICTURE = image(40, 64)
 
 
 def outlines(figure):
-    """Colour, and left, top, right, bottom of each outline, best first."""
+    """Color, and left, top, right, bottom of each outline, best first."""
     found = [patch for patch in figure.axes[0].patches if not patch.get_fill()]
     return [(to_hex(patch.get_edgecolor()), np.ravel(patch.get_bbox().get_points()).tolist()) for patch in found]
 
@@ -295,7 +295,7 @@ def test_the_argmax_is_green_and_the_next_are_red(head):
             looks = (LV.mean(0) if head is None else LV[head])[token]
             order = looks.argsort(descending=True).tolist()[:3]
             figure = plot_token_attention(
-                PICTURE, S, token, layout, boxes=boxes[: 11 - n], sample=sample, head=head, top=3
+                S, layout, image=PICTURE, token=token, boxes=boxes[: 11 - n], sample=sample, head=head, top=3
             )
             assert outlines(figure) == [(NEXT if rank else BEST, boxes[k].tolist()) for rank, k in enumerate(order)]
             texts = [text.get_text() for text in figure.legends[0].get_texts()]
@@ -309,11 +309,11 @@ def test_the_argmax_is_that_of_the_metric():
     assert float(argmax_entropy(S, 3, convention=RELEASED)) == 0
     boxes = [(k, 0, k + 1, 9) for k in range(4)]
     for token in range(3):
-        assert outlines(plot_token_attention(PICTURE, S, token, 3, boxes=boxes))[0] == (BEST, [2, 0, 3, 9])
+        assert outlines(plot_token_attention(S, 3, image=PICTURE, token=token, boxes=boxes))[0] == (BEST, [2, 0, 3, 9])
 
 
 def test_of_several_maxima_the_first_is_green():
-    figure = plot_token_attention(PICTURE, torch.zeros(1, 5, 5), 0, 1, grid=(2, 2), top=2)
+    figure = plot_token_attention(torch.zeros(1, 5, 5), 1, image=PICTURE, token=0, grid=(2, 2), top=2)
     assert [box for _, box in outlines(figure)] == [[0, 0, 32, 20], [32, 0, 64, 20]]
 
 
@@ -323,26 +323,28 @@ def test_a_grid_is_in_reading_order_and_leaves_special_tokens_out():
     S[0, 0, 1, 2], S[0, 0, 1, 8], S[0, 0, 1, 9] = 9.0, 3.0, 9.0
     position = torch.arange(10)[None]
     layout = TokenLayout(position < 2, (position > 2) & (position < 9))
-    figure = plot_token_attention(PICTURE, S, 1, layout, grid=(2, 3), top=1)
-    ((colour, box),) = outlines(figure)
-    assert (colour, box) == (BEST, pytest.approx([64 * 2 / 3, 20, 64, 40]))
+    figure = plot_token_attention(S, layout, image=PICTURE, token=1, grid=(2, 3), top=1)
+    ((color, box),) = outlines(figure)
+    assert (color, box) == (BEST, pytest.approx([64 * 2 / 3, 20, 64, 40]))
     assert figure.legends[0].get_texts()[0].get_text() == f"1  token 5  {np.exp(3) / (np.exp(3) + 5):.2f}"
     shade = figure.axes[0].collections[-1].get_array()
     np.testing.assert_allclose(shade, S[0, 0, 1, 3:9].softmax(-1))
     with pytest.raises(ValueError, match="6 patches, and the sample 7 image tokens: leave special image tokens out"):
-        plot_token_attention(PICTURE, S, 1, 2, mask=position < 9, grid=(2, 3))
+        plot_token_attention(S, 2, image=PICTURE, token=1, mask=position < 9, grid=(2, 3))
 
 
 def test_image_tokens_that_may_not_be_seen_are_no_candidates():
     S = torch.zeros(1, 1, 6, 6)
     S[0, 0, 0, 2] = 9.0
-    figure = plot_token_attention(PICTURE, S, 0, 2, mask=hiding(6, range(2, 4)), grid=(2, 2), top=4)
+    figure = plot_token_attention(
+        S, 2, image=PICTURE, token=0, mask=hiding(6, range(2, 4)), grid=(2, 2), top=4
+    )
     assert [box for _, box in outlines(figure)] == [[0, 20, 32, 40], [32, 20, 64, 40]]
     hidden, seen = figure.axes[0].collections
     assert hidden.get_hatch()
     assert (len(hidden.get_paths()), seen.get_array().tolist()) == (2, [0.5, 0.5])
     with pytest.raises(ValueError, match="token 0 of sample 0 may attend to no image token"):
-        plot_token_attention(PICTURE, S, 0, 2, mask=hiding(6, range(2, 6)), grid=(2, 2))
+        plot_token_attention(S, 2, image=PICTURE, token=0, mask=hiding(6, range(2, 6)), grid=(2, 2))
 
 
 def test_images_of_any_kind():
@@ -351,7 +353,7 @@ def test_images_of_any_kind():
     pixels = (255 * PICTURE).byte()
     expected = None
     for picture in (pixels, pixels.numpy(), Image.fromarray(pixels.numpy())):
-        figure = plot_token_attention(picture, torch.zeros(1, 5, 5), 0, 1, grid=(2, 2))
+        figure = plot_token_attention(torch.zeros(1, 5, 5), 1, image=picture, token=0, grid=(2, 2))
         found = np.asarray(figure.axes[0].images[0].get_array())
         expected = found if expected is None else expected
         np.testing.assert_array_equal(found, expected)
@@ -383,7 +385,7 @@ def test_all_reject(options, message):
         with pytest.raises(ValueError, match=message):
             draw(**given)
     with pytest.raises(ValueError, match=message):
-        plot_token_attention(PICTURE, token=0, grid=(2, 2), **given)
+        plot_token_attention(image=PICTURE, token=0, grid=(2, 2), **given)
 
 
 def test_rejects_unknown_words():
@@ -395,7 +397,7 @@ def test_rejects_unknown_words():
         plot_congruence(S, 3, direction="both")
     with pytest.raises(ValueError, match="alignment='distributed' is not defined on raw scores"):
         plot_congruence(S, 3, loss="distributed", convention=CONVENTIONS["PRINTED"])
-    with pytest.raises(TypeCheckError):
+    with pytest.raises((ValueError, TypeCheckError)):
         plot_blocks(torch.zeros(2, 3, 7), 3)
 
 
