@@ -336,9 +336,7 @@ def test_a_grid_is_in_reading_order_and_leaves_special_tokens_out():
 def test_image_tokens_that_may_not_be_seen_are_no_candidates():
     S = torch.zeros(1, 1, 6, 6)
     S[0, 0, 0, 2] = 9.0
-    figure = plot_token_attention(
-        S, 2, image=PICTURE, token=0, mask=hiding(6, range(2, 4)), grid=(2, 2), top=4
-    )
+    figure = plot_token_attention(S, 2, image=PICTURE, token=0, mask=hiding(6, range(2, 4)), grid=(2, 2), top=4)
     assert [box for _, box in outlines(figure)] == [[0, 20, 32, 40], [32, 20, 64, 40]]
     hidden, seen = figure.axes[0].collections
     assert hidden.get_hatch()
