@@ -342,7 +342,7 @@ def test_blocks_of_a_dual_stream_do_as_well(S):
 # -- over batches and processes ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.needs("torchmetrics>=1.6", reason="lightning brings it; merge_state is younger than 1.0")
+@pytest.mark.needs("torchmetrics>=1.6", reason="lightning brings it; merge_state came with 1.6")
 def test_metrics_over_batches_and_processes(S):
     """As docs/metrics.md does it: two processes with batches of different sizes, and a sample that has no image."""
     from torchmetrics import MeanMetric

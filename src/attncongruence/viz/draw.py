@@ -9,7 +9,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import XAxis, YAxis
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
@@ -86,13 +85,6 @@ def mean_map(block: Tensor, pairs: Tensor | None) -> Array:
     return mean_over_heads(A, None if pairs is None else pairs.any(1, keepdim=True))
 
 
-def canvas(figure: Figure | SubFigure | None, width: float, height: float) -> tuple[Figure | SubFigure, float, float]:
-    """The figure to draw in, a new one of that size unless given, and its width and height in inches."""
-    figure = Figure(figsize=(width, height), layout="constrained") if figure is None else figure
-    dpi = figure.get_dpi()
-    return figure, figure.bbox.width / dpi, figure.bbox.height / dpi
-
-
 def shared_scale(*arrays: Array, low: float | None = None) -> Normalize:
     """One color scale for all arrays, from their minimum or `low` to their maximum."""
     finite = np.concatenate([array[np.isfinite(array)] for array in arrays])
@@ -107,15 +99,18 @@ def heat_map(axes: Axes, array: Array, title: str, colors: str, norm: Normalize)
     axes.label_outer(remove_inner_ticks=True)
 
 
-def name_tokens(axis: XAxis | YAxis, title: str, labels: Labels, count: int, inches: float) -> None:
-    """Title an axis of that length and label its tokens, as many as fit without overlap."""
-    axis.set_label_text(title)
+def name_tokens(axis: XAxis | YAxis, title: str, labels: Labels, count: int, share: float) -> None:
+    """Title an axis, of that share of the figure, and label its tokens, as many as fit without overlap."""
+    figure, across = axis.axes.figure, axis.axis_name == "x"
+    # about 1.5 inches go to labels, titles and color bars
+    inches = share * ((figure.bbox.width if across else figure.bbox.height) / figure.get_dpi() - 1.5)
     words = [str(token) for token in range(count)] if labels is None else labels
     # a small letter is about 0.075 inches wide
-    slanted = axis.axis_name == "x" and labels is not None and 0.075 * max(map(len, words)) * count > inches
+    slanted = across and labels is not None and 0.075 * max(map(len, words)) * count > inches
     room = 0.3 if labels is None else 0.2 if slanted else 0.16
     locator = MaxNLocator(max(1, int(inches / room)), steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
     places = [int(place) for place in locator.tick_values(0, count - 1) if place < count]
     text: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
     axis.set_ticks(places, [words[place] for place in places], fontsize="small", parse_math=False, **text)
     axis.set_tick_params(length=2 if labels is None else 0)
+    axis.set_label_text(title)

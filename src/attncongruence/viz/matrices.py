@@ -20,18 +20,8 @@ from attncongruence.locate import Mask
 from attncongruence.losses import cacr_side, iais_side
 from attncongruence.quadrants import Quadrants
 from attncongruence.sides import distributions, loss_of
-from attncongruence.viz.draw import (
-    Array,
-    Labels,
-    canvas,
-    heat_map,
-    mean_map,
-    mean_over_heads,
-    name_tokens,
-    one_sample,
-    sample_and_head,
-    shared_scale,
-)
+from attncongruence.viz import draw
+from attncongruence.viz.draw import Array, Labels
 
 SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"
 
@@ -83,34 +73,34 @@ def plot_blocks(
         ['LL', 'LV', 'VL', 'VV']
     """
     one_of("values", values, ("scores", "probabilities"))
-    blocks = one_sample(attention, n_text, mask, sample, head, text_labels, image_labels)
+    blocks = draw.one_sample(attention, n_text, mask, sample, head, text_labels, image_labels)
     n, m = blocks.LV.shape[-2:]
     shown: list[Array] = []
     for block, pairs in zip((blocks.LL, blocks.LV, blocks.VL, blocks.VV), entries(blocks), strict=True):
         if block is None:
             shown.append(np.full((m, n), np.nan))
         elif values == "scores":
-            shown.append(mean_over_heads(block, ~block.isneginf() if pairs is None else pairs & ~block.isneginf()))
+            shown.append(draw.mean_over_heads(block, ~block.isneginf() if pairs is None else pairs & ~block.isneginf()))
         else:
-            shown.append(mean_map(block, pairs))
+            shown.append(draw.mean_map(block, pairs))
     # The larger modality gets at most twice the room of the smaller one.
     text, image = n * min(1.0, 2 * m / n), m * min(1.0, 2 * n / m)
     side = min(max(0.28 * (text + image), 3.0), 9.0)
-    figure, width, height = canvas(figure, side + 2.1, side + 1.5)
+    figure = figure or Figure(figsize=(side + 2.1, side + 1.5), layout="constrained")
     widths = text / (text + image), image / (text + image)
     ratios = {"width_ratios": widths, "height_ratios": widths}
     grid = figure.subplots(2, 2, sharex="col", sharey="row", gridspec_kw=ratios)
-    norm = shared_scale(*shown, low=0.0 if values == "probabilities" else None)
+    norm = draw.shared_scale(*shown, low=0.0 if values == "probabilities" else None)
     for k, (word, labels, count) in enumerate((("text", text_labels, n), ("image", image_labels, m))):
-        name_tokens(grid[1, k].xaxis, f"{word} keys", labels, count, (width - 1.6) * widths[k])
-        name_tokens(grid[k, 0].yaxis, f"{word} queries", labels, count, (height - 1.1) * widths[k])
+        draw.name_tokens(grid[1, k].xaxis, f"{word} keys", labels, count, widths[k])
+        draw.name_tokens(grid[k, 0].yaxis, f"{word} queries", labels, count, widths[k])
     for ((row, column), axes), name, array in zip(np.ndenumerate(grid), Quadrants._fields, shown, strict=True):
-        heat_map(axes, array, name, SEQUENTIAL, norm)
+        draw.heat_map(axes, array, name, SEQUENTIAL, norm)
         # the boundary between text and image
         axes.spines[["left" if column else "right", "top" if row else "bottom"]].set_linewidth(1.8)
     label = "score" if values == "scores" else "probability, in each block"
     figure.colorbar(grid[0, 0].images[0], ax=grid, aspect=30, label=label)
-    figure.suptitle(sample_and_head(sample, head, blocks.LL.shape[1]), fontsize="medium")
+    figure.suptitle(draw.sample_and_head(sample, head, blocks.LL.shape[1]), fontsize="medium")
     return figure.canvas.figure
 
 
@@ -165,7 +155,7 @@ def plot_congruence(
     """
     one_of("loss", loss, ("cacr", "singular", "distributed"))
     one_of("direction", direction, ("language", "vision"))
-    blocks = one_sample(attention, n_text, mask, sample, head, text_labels, image_labels)
+    blocks = draw.one_sample(attention, n_text, mask, sample, head, text_labels, image_labels)
     P, T, counted, nats = _compared(loss, blocks, convention, direction)
     own, other, word, labels = "LL", "VV", "text", text_labels
     if direction == "vision":
@@ -173,25 +163,25 @@ def plot_congruence(
     titles = f"σ({own})", f"σ(E {other} Eᵀ)"
     if loss == "distributed":
         titles = f"A_{own}", f"A_{own[0]}{other[0]} A_{other[0]}{own[0]}"
-    target, projected = mean_over_heads(T, counted), mean_over_heads(P, counted)
-    difference, shared = projected - target, shared_scale(target, projected)
+    target, projected = draw.mean_over_heads(T, counted), draw.mean_over_heads(P, counted)
+    difference, shared = projected - target, draw.shared_scale(target, projected)
     centered = CenteredNorm(halfrange=max(np.abs(np.nan_to_num(difference)).max(), 1e-12))
     count = len(target)
     side = min(max(0.32 * count, 2.4), 5.0)
-    figure, width, height = canvas(figure, 3 * side + 1.5, side + 2.2)
+    figure = figure or Figure(figsize=(3 * side + 1.5, side + 2.2), layout="constrained")
     panels: Sequence[Axes] = figure.subplots(1, 3, sharey=True)
-    name_tokens(panels[0].yaxis, f"{word} queries", labels, count, height - 1.9)
+    draw.name_tokens(panels[0].yaxis, f"{word} queries", labels, count, 1.0)
     for panel in panels:
-        name_tokens(panel.xaxis, f"{word} keys", labels, count, (width - 1.0) / 3)
-    heat_map(panels[0], target, titles[0], SEQUENTIAL, shared)
-    heat_map(panels[1], projected, titles[1], SEQUENTIAL, shared)
-    heat_map(panels[2], difference, "difference", DIVERGING, centered)
+        draw.name_tokens(panel.xaxis, f"{word} keys", labels, count, 1 / 3)
+    draw.heat_map(panels[0], target, titles[0], SEQUENTIAL, shared)
+    draw.heat_map(panels[1], projected, titles[1], SEQUENTIAL, shared)
+    draw.heat_map(panels[2], difference, "difference", DIVERGING, centered)
     for over, aspect, label in ((panels[:2], 50, "probability"), (panels[2:], 25, "difference")):
         few = MaxNLocator(4)
         figure.colorbar(over[0].images[0], ax=over, location="bottom", aspect=aspect, label=label, ticks=few)
     known = {RELEASED: "RELEASED", PRINTED: "PRINTED", WEIGHTED_MEAN: "WEIGHTED_MEAN"}
     what = "CACR" if loss == "cacr" else f"IAIS {loss}", known.get(convention, "own convention"), direction
-    which = sample_and_head(sample, head, blocks.LL.shape[1])
+    which = draw.sample_and_head(sample, head, blocks.LL.shape[1])
     figure.suptitle(f"{', '.join(what)}: {nats:.4g} nats\n{which}", fontsize="medium")
     return figure.canvas.figure
 

@@ -9,7 +9,7 @@ import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.collections import PatchCollection
-from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
@@ -22,7 +22,7 @@ from attncongruence._typing import Count, checked, one_of
 from attncongruence.blocks import Attention, NText
 from attncongruence.equivalence import entries
 from attncongruence.locate import Mask
-from attncongruence.viz.draw import HATCH, Array, Labels, canvas, mean_map, one_sample, sample_and_head
+from attncongruence.viz.draw import HATCH, Array, Labels, mean_map, one_sample, sample_and_head
 
 if TYPE_CHECKING:
     CrossBlock = Literal["LV", "VL"]
@@ -33,6 +33,8 @@ BEST, NEXT = "#1a9641", "#d7191c"
 """The paper's green and red."""
 SHADE = LinearSegmentedColormap.from_list("shade", [(0.33, 0.15, 0.56, 0.0), (0.33, 0.15, 0.56, 0.85)])
 """From transparent to purple, a color that is rare in images."""
+LINES = 20
+"""Of a legend, in one column."""
 TAG: dict[str, Any] = {"textcoords": "offset points", "va": "top", "fontsize": "small", "fontweight": "bold"}
 
 
@@ -100,14 +102,15 @@ def plot_token_attention(
         raise ValueError(f"token={token} is out of range: sample {sample} has {n} text tokens, 0 to {n - 1}")
     if top < 1:
         raise ValueError(f"top={top} must be at least 1")
-    looks = A[token]
+    pixels = _pixels(image)
+    places, looks = _places(boxes, grid, m, pixels), A[token]
     order = _best_first(looks)[:top]
     if not order:
         what = "attend to no image token" if block == "LV" else "be attended to by no image token"
         raise ValueError(f"token {token} of sample {sample} may {what}: choose another")
     legend = [f"{k + 1}  {_name(image_labels, place)}  {looks[place]:.2f}" for k, place in enumerate(order)]
     shade = grid is not None if shade is None else shade
-    figure, axes, places = _draw(image, boxes, grid, m, figure, legend, colorbar=shade)
+    figure, axes = _draw(pixels, figure, legend, colorbar=shade)
     if shade:
         shown = _fill(axes, places, np.isfinite(looks), cmap=SHADE, norm=Normalize(0.0, looks[order[0]]))
         shown.set_array(looks[np.isfinite(looks)])
@@ -177,6 +180,8 @@ def plot_region_labels(
     A, heads = _text_by_image(block, attention, n_text, mask, sample, head, text_labels, None)
     if top is not None and top < 0:
         raise ValueError(f"top={top} must be at least 0")
+    pixels = _pixels(image)
+    places = _places(boxes, grid, A.shape[1], pixels)
     # argmax_i A[i, k], the first of several maxima
     best, highest = np.nan_to_num(A, nan=-1.0).argmax(0), A.max(0, where=np.isfinite(A), initial=-np.inf)
     order = _best_first(highest)
@@ -188,7 +193,7 @@ def plot_region_labels(
     colors = dict(zip(words, palette, strict=False))
     shade = grid is not None if shade is None else shade
     legend = [_name(text_labels, word) for word in words] if shade else []
-    figure, axes, places = _draw(image, boxes, grid, A.shape[1], figure, legend)
+    figure, axes = _draw(pixels, figure, legend, colorbar=False)
     if shade:
         _fill(axes, places, np.isfinite(highest), facecolor=[(*colors[best[k]][:3], 0.5) for k in sorted(order)])
         _legend(figure, [Patch(color=colors[i], label=name) for i, name in zip(words, legend, strict=True)], "word")
@@ -223,25 +228,18 @@ def _name(labels: Labels, token: int) -> str:
 
 
 def _draw(
-    image: object,
-    boxes: object,
-    grid: tuple[int, int] | None,
-    m: int,
-    figure: Figure | SubFigure | None,
-    legend: list[str],
-    colorbar: bool = False,
-) -> tuple[Figure | SubFigure, Axes, Array]:
-    """The figure with the image alone, its axes, and the place of each image token."""
-    pixels = _pixels(image)
-    places = _places(boxes, grid, m, pixels)
+    pixels: np.ndarray, figure: Figure | SubFigure | None, legend: list[str], colorbar: bool
+) -> tuple[Figure | SubFigure, Axes]:
+    """The figure with the image alone, and room for a legend and a color bar."""
     height, width = pixels.shape[:2]
     scale = 4.2 / max(height, width)  # inches per pixel
-    beside = 0.9 + 0.07 * max(map(len, legend)) if legend else 0.2
-    figure, _, _ = canvas(figure, width * scale + beside, height * scale + (1.5 if colorbar else 0.8))
+    beside = -(-len(legend) // LINES) * (0.8 + 0.075 * max(map(len, legend), default=0))
+    size = width * scale + beside + 0.1, height * scale + (1.5 if colorbar else 0.8)
+    figure = figure or Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     axes.imshow(pixels, extent=(0, width, height, 0))
     axes.set_axis_off()
-    return figure, axes, places
+    return figure, axes
 
 
 def _outline(axes: Axes, box: Array, tag: str, rank: int, color: Any, **style: Any) -> None:
@@ -251,8 +249,9 @@ def _outline(axes: Axes, box: Array, tag: str, rank: int, color: Any, **style: A
     outline = Rectangle((left, upper), right - left, lower - upper, fill=False, edgecolor=color, **style)
     axes.add_patch(outline).set(path_effects=around, zorder=10 - behind)
     patch = {"boxstyle": "round,pad=0.2", "facecolor": color, "edgecolor": "white", "linewidth": 0.8}
-    text = axes.annotate(tag, (left, upper), (3, -3), color="white", bbox=patch, zorder=20 - behind, **TAG)
-    text.set_parse_math(False)
+    text = axes.annotate(tag, (left, upper), (3, -3), bbox=patch, zorder=20 - behind, **TAG)
+    light = np.dot(to_rgb(color), (0.3, 0.59, 0.11)) > 0.6
+    text.set(color="black" if light else "white", parse_math=False)
 
 
 def _stack(axes: Axes) -> None:
@@ -263,26 +262,24 @@ def _stack(axes: Axes) -> None:
     for label in axes.texts:
         assert isinstance(label, Annotation)
         place = start = label.get_window_extent().padded(root.dpi / 25)
-        while any(place.fully_overlaps(other) for other in taken):
-            place = place.translated(0, -1.01 * place.height)
+        while hit := next(filter(place.fully_overlaps, taken), None):
+            place = place.translated(0, hit.y0 - place.y1 - 1)
         label.xyann = 3, -3 - (start.y0 - place.y0) * 72 / root.dpi
         taken.append(place)
 
 
 def _fill(axes: Axes, places: Array, seen: np.ndarray, **style: Any) -> PatchCollection:
     """Fill the boxes that are seen, and hatch the others."""
-    rectangles = [Rectangle((left, upper), right - left, lower - upper) for left, upper, right, lower in places]
-    hidden = [rectangle for rectangle, see in zip(rectangles, seen, strict=True) if not see]
-    axes.add_collection(PatchCollection(hidden, linewidth=0.0, **HATCH))
-    shown = [rectangle for rectangle, see in zip(rectangles, seen, strict=True) if see]
-    filled = PatchCollection(shown, linewidth=0.0, antialiased=False, **style)
-    axes.add_collection(filled)
+    for shown, look in ((~seen, HATCH), (seen, {"antialiased": False, **style})):
+        boxes = [Rectangle((left, upper), right - left, lower - upper) for left, upper, right, lower in places[shown]]
+        filled = PatchCollection(boxes, linewidth=0.0, **look)
+        axes.add_collection(filled)
     return filled
 
 
 def _legend(figure: Figure | SubFigure, handles: Any, title: str) -> None:
-    """A legend beside the image, in columns of 20 lines."""
-    columns = -(-len(handles) // 20)
+    """A legend beside the image."""
+    columns = -(-len(handles) // LINES)
     legend = figure.legend(handles=handles, loc="outside right upper", frameon=False, title=title, ncols=columns)
     for text in legend.get_texts():
         text.set_parse_math(False)
@@ -317,7 +314,7 @@ def _places(boxes: object, grid: tuple[int, int] | None, m: int, pixels: np.ndar
                 f"grid={grid} has {rows * columns} patches, and the sample {m} image tokens: leave special image "
                 "tokens out with a TokenLayout, or pass boxes="
             )
-        # Multiplied before the division, so that neighbours share their edges to the bit.
+        # Multiply before dividing, so that neighbors share their edges exactly.
         y, x = np.divmod(np.arange(m), columns)
         return np.stack([x * width / columns, y * height / rows, (x + 1) * width / columns, (y + 1) * height / rows], 1)
     found: Array = np.asarray(torch.as_tensor(boxes).detach().cpu(), dtype=np.float64)
