@@ -238,14 +238,11 @@ def argmax_entropy(
         LV = attention_map(blocks.LV, masks.LV, convention)
         pairs = torch.ones_like(LV, dtype=torch.bool) if masks.LV is None else masks.LV
         pairs = pairs.any(1, keepdim=True) if LV.shape[1] == 1 else pairs.expand_as(LV)
-        # a_i = argmax_k A_LV[i, k]
-        counts.scatter_add_(-1, fill(LV, pairs, -torch.inf).argmax(-1), pairs.any(-1).float())
+        # a_i = argmax_k A_LV[i, k]; a row with NaN has none
+        counted = pairs.any(-1).float().masked_fill(LV.isnan().any(-1), torch.nan)
+        counts.scatter_add_(-1, fill(LV, pairs, -torch.inf).argmax(-1), counted)
     # H = - sum_k p_k log p_k
-    share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
-    per_head = torch.special.entr(share).sum(-1)
-    if blocks.LV.numel():
-        # a NaN has no argmax
-        per_head = per_head.masked_fill(LV.isnan().any(-1).any(-1), torch.nan)
+    per_head = torch.special.entr(counts / counts.sum(-1, keepdim=True).clamp(min=1)).sum(-1)
     entropy: Tensor = per_head.mean(-1)
     if reduction == "none":
         return entropy
