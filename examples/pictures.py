@@ -11,7 +11,7 @@ PAGE = Path(__file__).parent.parent / "docs/pictures.md"
 
 
 def render(folder: Path) -> list[Path]:
-    """Run the page, section by section, and save `figure` wherever the page shows a picture; what was written."""
+    """Run the code of the page, one section at a time, and save `figure` for each picture; returns the paths."""
     written = []
     for section in re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE)[1:]:
         torch.manual_seed(0)

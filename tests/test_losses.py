@@ -523,7 +523,7 @@ def mean_difference(maps, convention):
 
 @pytest.fixture
 def registered(monkeypatch):
-    monkeypatch.setitem(losses.LOSSES, "difference", losses.CongruenceLoss("difference", mean_difference))
+    monkeypatch.setitem(losses.LOSSES, "difference", losses.CongruenceLoss("difference", "Difference", mean_difference))
 
 
 @pytest.mark.usefixtures("registered")

@@ -1,4 +1,4 @@
-"""Metrics: values by hand, brute force over random scores with ties, what they reject."""
+"""Metrics: values by hand, brute force over random scores with ties, accumulation over batches, rejects."""
 
 import itertools
 import math
@@ -75,7 +75,7 @@ def test_winoground_text_and_image_are_each_others_transpose():
 
 
 def test_winoground_rejects():
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"s is f32\[3,4\]"):
         winoground_scores(torch.zeros(3, 4))
     with pytest.raises(ValueError, match=r"s of shape \(0, 2, 2\) is empty"):
         winoground_scores(torch.zeros(0, 2, 2))
@@ -234,15 +234,24 @@ def entropy_by_hand(LV: Tensor) -> float:
     return -sum(c / len(places) * math.log(c / len(places)) for c in counts if c)
 
 
-def test_argmax_entropy_equals_loops(S):
-    mean_map = S[:, :, :TEXT, TEXT:].softmax(-1).mean(1)
-    expected = torch.tensor([entropy_by_hand(LV) for LV in mean_map])
-    torch.testing.assert_close(argmax_entropy(S, TEXT, reduction="none"), expected)
-    torch.testing.assert_close(argmax_entropy(S, TEXT), expected.mean())
-    torch.testing.assert_close(argmax_entropy(S, TEXT, reduction="sum"), expected.sum())
-    each = torch.tensor([[entropy_by_hand(head) for head in sample] for sample in S[:, :, :TEXT, TEXT:]])
-    torch.testing.assert_close(argmax_entropy(S, TEXT, convention=WEIGHTED_MEAN, reduction="none"), each.mean(1))
+@pytest.mark.parametrize("direction", ["language", "vision"])
+def test_argmax_entropy_equals_loops(S, direction):
+    block = S[:, :, :TEXT, TEXT:] if direction == "language" else S[:, :, TEXT:, :TEXT]
+    expected = torch.tensor([entropy_by_hand(A) for A in block.softmax(-1).mean(1)])
+    released = {"convention": RELEASED, "direction": direction}
+    torch.testing.assert_close(argmax_entropy(S, TEXT, reduction="none", **released), expected)
+    torch.testing.assert_close(argmax_entropy(S, TEXT, **released), expected.mean())
+    torch.testing.assert_close(argmax_entropy(S, TEXT, reduction="sum", **released), expected.sum())
+    each = torch.tensor([[entropy_by_hand(head) for head in sample] for sample in block])
+    weighted = {"convention": WEIGHTED_MEAN, "direction": direction}
+    torch.testing.assert_close(argmax_entropy(S, TEXT, reduction="none", **weighted), each.mean(1))
     assert not torch.equal(each.mean(1), expected)
+
+
+def test_one_default_convention(S):
+    for metric in (attention_distance, argmax_entropy):
+        assert torch.equal(metric(S, TEXT), metric(S, TEXT, convention=WEIGHTED_MEAN))
+        assert not torch.equal(metric(S, TEXT), metric(S, TEXT, convention=RELEASED))
 
 
 @pytest.mark.parametrize(
@@ -253,6 +262,38 @@ def test_argmax_entropy_by_hand(places, expected):
     scores = torch.zeros(1, TEXT + IMAGE, TEXT + IMAGE)
     scores[0, torch.arange(TEXT), TEXT + torch.tensor(places)] = 1.0
     assert float(argmax_entropy(scores, TEXT)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"), [([3] * 5, 0.0), ([0, 1, 2, 3, 3], 1.3321790402), ([1, 1, 1, 2, 2], 0.6730116670)]
+)
+def test_argmax_entropy_of_the_vision_side_by_hand(places, expected):
+    """Five image tokens look at four text tokens: 3 log(5) / 5 + 2 log(5/2) / 5, for instance."""
+    scores = torch.zeros(1, TEXT + IMAGE, TEXT + IMAGE)
+    scores[0, TEXT + torch.arange(IMAGE), torch.tensor(places)] = 1.0
+    assert float(argmax_entropy(scores, TEXT, direction="vision")) == pytest.approx(expected)
+    assert argmax_entropy(scores, TEXT) == 0  # all text tokens look alike: the first image token
+
+
+def test_argmax_entropy_of_the_vision_side_is_that_of_swapped_text_and_image(S):
+    """Padding and pairs that may not attend, too: the layout that exchanges text and image gives the same numbers."""
+    text = torch.arange(TEXT + IMAGE)[None] < torch.tensor([[4], [2], [4]])
+    image = ((torch.arange(TEXT + IMAGE) >= TEXT) & (torch.arange(TEXT + IMAGE) != 6)).expand(3, -1)
+    pairs = torch.ones(3, 2, TEXT + IMAGE, TEXT + IMAGE, dtype=torch.bool)
+    pairs[:, 1, TEXT, :TEXT] = False
+    for convention in (RELEASED, WEIGHTED_MEAN):
+        common = {"mask": pairs, "convention": convention, "reduction": "none"}
+        vision = argmax_entropy(S, TokenLayout(text, image), direction="vision", **common)
+        torch.testing.assert_close(vision, argmax_entropy(S, TokenLayout(image, text), **common))
+        assert vision.min() > 0
+
+
+def test_argmax_entropy_rejects(S):
+    with pytest.raises(ValueError, match="direction='both' is not known: it must be one of 'language', 'vision'"):
+        argmax_entropy(S, TEXT, direction="both")
+    blocks = AttentionBlocks.from_streams(LL=S[..., :TEXT, :TEXT], LV=S[..., :TEXT, TEXT:], VV=S[..., TEXT:, TEXT:])
+    with pytest.raises(ValueError, match="these blocks have no VL"):
+        argmax_entropy(blocks, direction="vision")
 
 
 def test_argmax_entropy_with_padding_is_that_of_each_sample_alone(S):
@@ -295,3 +336,36 @@ def test_blocks_of_a_dual_stream_do_as_well(S):
     assert torch.equal(attention_distance(blocks), attention_distance(S, TEXT))
     with pytest.raises(ValueError, match="reduction='median'"):
         argmax_entropy(blocks, reduction="median")
+
+
+# -- over batches and processes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.needs("torchmetrics>=1.6", reason="lightning brings it; merge_state came with 1.6")
+def test_metrics_over_batches_and_processes(S):
+    """As docs/metrics.md does it: two processes with batches of different sizes, and a sample that has no image."""
+    from torchmetrics import MeanMetric
+
+    layout = TokenLayout.from_n_text(torch.tensor([4, 9, 4]), TEXT + IMAGE)
+    pairs = torch.randint(3, (7, 2, 2), generator=torch.Generator().manual_seed(0))
+    expected = {
+        "entropy": argmax_entropy(S, layout),
+        "distance": attention_distance(S, layout),
+        "group": winoground_scores(pairs).group,
+        "recall": recall_at_k(pairs[:, 0], 1, pairs[:, 1, 0] % 2),
+    }
+    processes = [{name: MeanMetric(nan_strategy="error") for name in expected} for _ in range(2)]
+    for process, samples, examples in (
+        (processes[0], slice(0, 1), slice(0, 4)),
+        (processes[0], slice(1, 2), slice(4, 5)),
+        (processes[1], slice(2, 3), slice(5, 7)),
+    ):
+        counts = layout.text.any(-1)[samples] & layout.image.any(-1)[samples]
+        for name, metric in (("entropy", argmax_entropy), ("distance", attention_distance)):
+            process[name].update(metric(S[samples], layout[samples], reduction="none")[counts])
+        some = pairs[examples]
+        process["group"].update(winoground_scores(some).group, weight=len(some))
+        process["recall"].update(recall_at_k(some[:, 0], 1, some[:, 1, 0] % 2), weight=len(some))
+    for name, value in expected.items():
+        processes[0][name].merge_state(processes[1][name])
+        assert float(processes[0][name].compute()) == pytest.approx(float(value)), name

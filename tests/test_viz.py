@@ -1,5 +1,6 @@
 """Pictures: what they show is what the library computes, and they look as they should."""
 
+import functools
 import importlib
 import itertools
 import subprocess
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.testing.compare import compare_images
 
 from attncongruence import RELEASED, AttentionBlocks, TokenLayout, argmax_entropy, split_attention
-from attncongruence.viz import plot_blocks, plot_congruence, plot_token_attention
+from attncongruence.viz import plot_blocks, plot_congruence, plot_region_labels, plot_token_attention
 from attncongruence.viz.picture import BEST, NEXT
 from examples import pictures
 from tests.helpers.problems import CASES, CONVENTIONS, fast, make_problem, randn
@@ -50,7 +51,7 @@ def test_the_tolerance_tells_pictures_apart(tmp_path):
         ("blocks", plot_blocks(S.mT, 4)),
         ("blocks_causal", plot_blocks(S.masked_fill(~causal(9), 0.0), 4, values="probabilities")),
         ("congruence", plot_congruence(S.mT, 4, convention=CONVENTIONS["WEIGHTED_MEAN"])),
-        ("patches", plot_token_attention(image(40, 64), scores(1, 2, 17), 1, n_text=2, grid=(3, 5), top=3)),
+        ("patches", plot_token_attention(scores(1, 2, 17), 2, image=image(40, 64), token=1, grid=(3, 5), top=3)),
     ):
         save(figure, tmp_path / "other.png")
         assert compare_images(str(FOLDER / f"{name}.png"), str(tmp_path / "other.png"), 2 * TOLERANCE) is not None
@@ -272,33 +273,40 @@ def test_the_image_first_decoder_has_a_language_side_only():
         plot_congruence(S, layout, mask=causal(9), direction="vision")
 
 
-# -- where a word looks -----------------------------------------------------------------------------------------------
+# -- words and image tokens -------------------------------------------------------------------------------------------
 
 PICTURE = image(40, 64)
 
 
+def text_by_image(S, n, block):
+    """A_LV, or A_VL transposed, of each head."""
+    return S[:, :n, n:].softmax(-1) if block == "LV" else S[:, n:, :n].softmax(-1).mT
+
+
 def outlines(figure):
-    """Colour, and left, top, right, bottom of each outline, best first."""
+    """Color, and left, top, right, bottom of each outline, best first."""
     found = [patch for patch in figure.axes[0].patches if not patch.get_fill()]
     return [(to_hex(patch.get_edgecolor()), np.ravel(patch.get_bbox().get_points()).tolist()) for patch in found]
 
 
+@pytest.mark.parametrize("block", ["LV", "VL"])
 @pytest.mark.parametrize("head", [None, 2])
-def test_the_argmax_is_green_and_the_next_are_red(head):
+def test_the_argmax_is_green_and_the_next_are_red(head, block):
     S = randn(2, 3, 11, 11)
     layout = TokenLayout.from_n_text(torch.tensor([4, 5]), 11)
     boxes = torch.arange(28.0).view(7, 4) + torch.tensor([0.0, 0.0, 9.0, 7.0])
     for sample, n in ((0, 4), (1, 5)):
         for token in range(n):
-            LV = S[sample, :, :n, n:].softmax(-1)
-            looks = (LV.mean(0) if head is None else LV[head])[token]
+            A = text_by_image(S[sample], n, block)
+            looks = (A.mean(0) if head is None else A[head])[token]
             order = looks.argsort(descending=True).tolist()[:3]
-            figure = plot_token_attention(
-                PICTURE, S, token, layout, boxes=boxes[: 11 - n], sample=sample, head=head, top=3
-            )
+            common = {"boxes": boxes[: 11 - n], "sample": sample, "head": head, "block": block, "top": 3}
+            figure = plot_token_attention(S, layout, image=PICTURE, token=token, **common)
             assert outlines(figure) == [(NEXT if rank else BEST, boxes[k].tolist()) for rank, k in enumerate(order)]
             texts = [text.get_text() for text in figure.legends[0].get_texts()]
             assert texts == [f"{rank + 1}  token {k}  {looks[k]:.2f}" for rank, k in enumerate(order)]
+            what = f"Where token {token} looks" if block == "LV" else f"What looks at token {token}"
+            assert figure.axes[0].get_title().startswith(what)
 
 
 def test_the_argmax_is_that_of_the_metric():
@@ -308,11 +316,11 @@ def test_the_argmax_is_that_of_the_metric():
     assert float(argmax_entropy(S, 3, convention=RELEASED)) == 0
     boxes = [(k, 0, k + 1, 9) for k in range(4)]
     for token in range(3):
-        assert outlines(plot_token_attention(PICTURE, S, token, 3, boxes=boxes))[0] == (BEST, [2, 0, 3, 9])
+        assert outlines(plot_token_attention(S, 3, image=PICTURE, token=token, boxes=boxes))[0] == (BEST, [2, 0, 3, 9])
 
 
 def test_of_several_maxima_the_first_is_green():
-    figure = plot_token_attention(PICTURE, torch.zeros(1, 5, 5), 0, 1, grid=(2, 2), top=2)
+    figure = plot_token_attention(torch.zeros(1, 5, 5), 1, image=PICTURE, token=0, grid=(2, 2), top=2)
     assert [box for _, box in outlines(figure)] == [[0, 0, 32, 20], [32, 0, 64, 20]]
 
 
@@ -322,26 +330,124 @@ def test_a_grid_is_in_reading_order_and_leaves_special_tokens_out():
     S[0, 0, 1, 2], S[0, 0, 1, 8], S[0, 0, 1, 9] = 9.0, 3.0, 9.0
     position = torch.arange(10)[None]
     layout = TokenLayout(position < 2, (position > 2) & (position < 9))
-    figure = plot_token_attention(PICTURE, S, 1, layout, grid=(2, 3), top=1)
-    ((colour, box),) = outlines(figure)
-    assert (colour, box) == (BEST, pytest.approx([64 * 2 / 3, 20, 64, 40]))
+    figure = plot_token_attention(S, layout, image=PICTURE, token=1, grid=(2, 3), top=1)
+    ((color, box),) = outlines(figure)
+    assert (color, box) == (BEST, pytest.approx([64 * 2 / 3, 20, 64, 40]))
     assert figure.legends[0].get_texts()[0].get_text() == f"1  token 5  {np.exp(3) / (np.exp(3) + 5):.2f}"
     shade = figure.axes[0].collections[-1].get_array()
     np.testing.assert_allclose(shade, S[0, 0, 1, 3:9].softmax(-1))
     with pytest.raises(ValueError, match="6 patches, and the sample 7 image tokens: leave special image tokens out"):
-        plot_token_attention(PICTURE, S, 1, 2, mask=position < 9, grid=(2, 3))
+        plot_token_attention(S, 2, image=PICTURE, token=1, mask=position < 9, grid=(2, 3))
 
 
 def test_image_tokens_that_may_not_be_seen_are_no_candidates():
     S = torch.zeros(1, 1, 6, 6)
     S[0, 0, 0, 2] = 9.0
-    figure = plot_token_attention(PICTURE, S, 0, 2, mask=hiding(6, range(2, 4)), grid=(2, 2), top=4)
+    figure = plot_token_attention(S, 2, image=PICTURE, token=0, mask=hiding(6, range(2, 4)), grid=(2, 2), top=4)
     assert [box for _, box in outlines(figure)] == [[0, 20, 32, 40], [32, 20, 64, 40]]
     hidden, seen = figure.axes[0].collections
     assert hidden.get_hatch()
     assert (len(hidden.get_paths()), seen.get_array().tolist()) == (2, [0.5, 0.5])
     with pytest.raises(ValueError, match="token 0 of sample 0 may attend to no image token"):
-        plot_token_attention(PICTURE, S, 0, 2, mask=hiding(6, range(2, 6)), grid=(2, 2))
+        plot_token_attention(S, 2, image=PICTURE, token=0, mask=hiding(6, range(2, 6)), grid=(2, 2))
+
+
+def labels(figure):
+    """Text, and the box whose corner it is at, of each label of a region."""
+    return [(label.get_text(), tuple(float(x) for x in label.xy)) for label in figure.axes[0].texts]
+
+
+@pytest.mark.parametrize("block", ["LV", "VL"])
+@pytest.mark.parametrize("head", [None, 1])
+def test_a_region_is_labeled_with_its_word(head, block):
+    """Against loops: for each region, the text token with the highest attention, the highest first."""
+    S, words = randn(2, 3, 11, 11, seed=1), ["a", "$b$", "c_", "d", "e"]
+    layout = TokenLayout.from_n_text(torch.tensor([4, 5]), 11)
+    corners = [(4.0 * k, 3.0 * k) for k in range(7)]
+    boxes = [(x, y, x + 20, y + 15) for x, y in corners]
+    for sample, n in ((0, 4), (1, 5)):
+        A = text_by_image(S[sample], n, block)
+        A = (A.mean(0) if head is None else A[head]).tolist()
+        expected = []
+        for region in range(11 - n):
+            word = max(range(n), key=lambda i: A[i][region])
+            expected.append((A[word][region], f"{words[word]} {A[word][region]:.2f}", corners[region]))
+        expected.sort(reverse=True)
+        common = {"boxes": boxes[: 11 - n], "sample": sample, "head": head, "block": block, "text_labels": words[:n]}
+        figure = plot_region_labels(S, layout, image=PICTURE, **common)
+        assert labels(figure) == [(text, corner) for _, text, corner in expected]
+        assert not any(label.get_parse_math() for label in figure.axes[0].texts)
+        figure = plot_region_labels(S, layout, image=PICTURE, top=2, **common)
+        assert labels(figure) == [(text, corner) for _, text, corner in expected[:2]]
+
+
+def test_labels_of_regions_by_hand():
+    """Two words, three regions; e^0 = 1 and e^log(3) = 3: A_LV = [[3, 1, 1], [1, 3, 3]] / [5, 7], A_VL by rows."""
+    S = torch.zeros(1, 5, 5)
+    S[0, 0, 2] = S[0, 1, 3] = S[0, 1, 4] = torch.tensor(3.0).log()
+    S[0, 2, 1] = S[0, 3, 0] = torch.tensor(3.0).log()
+    boxes = [(0, 0, 20, 20), (20, 0, 40, 20), (40, 0, 60, 20)]
+    common = {"image": PICTURE, "boxes": boxes, "text_labels": ["mug", "grass"]}
+    figure = plot_region_labels(S, 2, **common)
+    assert labels(figure) == [("mug 0.60", (0, 0)), ("grass 0.43", (20, 0)), ("grass 0.43", (40, 0))]
+    assert figure.axes[0].get_title() == "Word that looks at each region most\nsample 0"
+    figure = plot_region_labels(S, 2, block="VL", **common)
+    assert labels(figure) == [("grass 0.75", (0, 0)), ("mug 0.75", (20, 0)), ("mug 0.50", (40, 0))]
+    assert figure.axes[0].get_title() == "Word that each region looks at most\nsample 0"
+    colors = [color for color, _ in outlines(figure)]
+    assert colors[1] == colors[2] != colors[0]
+
+
+@pytest.mark.parametrize("count", [2, 12])
+def test_patches_are_filled_with_the_color_of_their_word(count):
+    """Patch k belongs to word k % count: as many colors as words, in the legend too; the last patch sees no word."""
+    S = torch.zeros(1, 1, count + 24, count + 24)
+    patches = torch.arange(24)
+    S[0, 0, count + patches, patches % count] = 3.0
+    pairs = torch.ones(1, count + 24, count + 24, dtype=torch.bool)
+    pairs[0, -1, :count] = False
+    words = [f"w{k}" for k in range(count)]
+    figure = plot_region_labels(
+        S, count, image=PICTURE, block="VL", mask=pairs, grid=(4, 6), text_labels=words, top=3, figure=None
+    )
+    hidden, filled = figure.axes[0].collections
+    assert (len(hidden.get_paths()), len(filled.get_paths())) == (1, 23)
+    legend = figure.legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == words
+    colors = [to_hex(patch.get_facecolor()) for patch in legend.get_patches()]
+    assert len(set(colors)) == count
+    assert [to_hex(color) for color in filled.get_facecolor()] == [colors[k % count] for k in range(23)]
+    assert [text for text, _ in labels(figure)] == [
+        f"w{k % count} {np.exp(3) / (np.exp(3) + count - 1):.2f}" for k in range(3)
+    ]
+    assert labels(plot_region_labels(S, count, image=PICTURE, block="VL", grid=(4, 6))) == []
+
+
+@pytest.mark.parametrize("kind", ["same", "grid", "random"])
+def test_labels_of_regions_do_not_overlap(kind):
+    S, words = randn(1, 2, 24, 24), [f"word-{k}-$y_p$" for k in range(8)]
+    random = torch.rand(16, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([50.0, 30.0])
+    where = {
+        "same": {"boxes": [(5, 5, 60, 35)] * 16},
+        "grid": {"grid": (4, 4), "top": 16},
+        "random": {"boxes": torch.cat([random, random + 9], 1)},
+    }[kind]
+    figure = plot_region_labels(S, 8, image=PICTURE, text_labels=words, **where)
+    figure.savefig("/dev/null", format="png")
+    extents = [label.get_window_extent() for label in figure.axes[0].texts]
+    assert len(extents) == 16
+    assert not any(one.fully_overlaps(other) for one, other in itertools.combinations(extents, 2))
+
+
+def test_a_dual_stream_without_VL_has_the_pictures_of_LV():
+    S = randn(1, 2, 7, 7)
+    blocks = AttentionBlocks.from_streams(LL=S[..., :3, :3], LV=S[..., :3, 3:], VV=S[..., 3:, 3:])
+    common = {"image": PICTURE, "grid": (2, 2), "top": 4}
+    assert labels(plot_region_labels(blocks, **common)) == labels(plot_region_labels(S, 3, **common))
+    assert outlines(plot_token_attention(blocks, token=0, **common))
+    for draw in (plot_region_labels, functools.partial(plot_token_attention, token=0)):
+        with pytest.raises(ValueError, match=r"these blocks have no VL .* use block='LV'"):
+            draw(blocks, block="VL", **common)
 
 
 def test_images_of_any_kind():
@@ -350,7 +456,7 @@ def test_images_of_any_kind():
     pixels = (255 * PICTURE).byte()
     expected = None
     for picture in (pixels, pixels.numpy(), Image.fromarray(pixels.numpy())):
-        figure = plot_token_attention(picture, torch.zeros(1, 5, 5), 0, 1, grid=(2, 2))
+        figure = plot_token_attention(torch.zeros(1, 5, 5), 1, image=picture, token=0, grid=(2, 2))
         found = np.asarray(figure.axes[0].images[0].get_array())
         expected = found if expected is None else expected
         np.testing.assert_array_equal(found, expected)
@@ -382,7 +488,10 @@ def test_all_reject(options, message):
         with pytest.raises(ValueError, match=message):
             draw(**given)
     with pytest.raises(ValueError, match=message):
-        plot_token_attention(PICTURE, token=0, grid=(2, 2), **given)
+        plot_token_attention(image=PICTURE, token=0, grid=(2, 2), **given)
+    if "image_labels" not in options:
+        with pytest.raises(ValueError, match=message):
+            plot_region_labels(image=PICTURE, grid=(2, 2), **given)
 
 
 def test_rejects_unknown_words():
@@ -392,9 +501,11 @@ def test_rejects_unknown_words():
         plot_congruence(S, 3, loss="iais")
     with pytest.raises(ValueError, match="direction='both' is not known: it must be one of 'language', 'vision'"):
         plot_congruence(S, 3, direction="both")
+    with pytest.raises(ValueError, match="block='LL' is not known: it must be one of 'LV', 'VL'"):
+        plot_region_labels(S, 3, image=PICTURE, grid=(2, 2), block="LL")
     with pytest.raises(ValueError, match="alignment='distributed' is not defined on raw scores"):
         plot_congruence(S, 3, loss="distributed", convention=CONVENTIONS["PRINTED"])
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"attention is f32\[2,3,7\]"):
         plot_blocks(torch.zeros(2, 3, 7), 3)
 
 
@@ -421,3 +532,19 @@ def test_token_attention_rejects(options, message):
     given = {"image": PICTURE, "attention": S, "token": 0, "n_text": 3, "boxes": BOXES, **options}
     with pytest.raises(ValueError, match=message):
         plot_token_attention(**given)
+    if not {"token", "top"} & set(options):
+        del given["token"]
+        with pytest.raises(ValueError, match=message):
+            plot_region_labels(**given)
+
+
+def test_pairs_that_may_not_attend_are_reported():
+    common = {"image": PICTURE, "grid": (2, 2)}
+    forward = causal(7)[None].mT
+    for mask, block in ((forward.mT, "LV"), (forward, "VL")):
+        with pytest.raises(ValueError, match=f"no pair of {block} may attend in sample 0: choose the other block"):
+            plot_region_labels(S, 3, mask=mask, block=block, **common)
+    with pytest.raises(ValueError, match="token 1 of sample 0 may be attended to by no image token: choose another"):
+        plot_token_attention(S, 3, token=1, mask=forward, block="VL", **common)
+    with pytest.raises(ValueError, match="top=-1 must be at least 0"):
+        plot_region_labels(S, 3, top=-1, **common)

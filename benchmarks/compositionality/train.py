@@ -18,6 +18,7 @@ from torch import Tensor
 
 from attncongruence import (
     PRINTED,
+    RELEASED,
     WEIGHTED_MEAN,
     TokenLayout,
     argmax_entropy,
@@ -190,7 +191,7 @@ def attention(model: Matcher, data: Pairs, batch: int) -> dict[str, float]:
         blocks = split_attention(S, layout)
         found.append(
             {
-                "argmax_entropy": argmax_entropy(blocks),
+                "argmax_entropy": argmax_entropy(blocks, convention=RELEASED),
                 "distance_released": cacr_loss(blocks, direction="language"),
                 "distance_weighted_mean": cacr_loss(blocks, convention=WEIGHTED_MEAN, direction="language"),
                 **{f"flatness_{name}": _flatness(getattr(blocks, name)) for name in ("LL", "LV", "VL", "VV")},

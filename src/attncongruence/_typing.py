@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     Impl = Literal["auto", "dense", "streaming"]
     OneDirection = Literal["language", "vision"]
     Values = Literal["scores", "probabilities"]
+    CrossBlock = Literal["LV", "VL"]
 else:
     Count = numbers.Integral
-    Direction = Reduction = Alignment = Impl = OneDirection = Values = str
+    Direction = Reduction = Alignment = Impl = OneDirection = Values = CrossBlock = str
 
 
 _SQUARE = (
@@ -70,6 +71,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
 
     jaxtyping and beartype do the checking. Under `torch.compile`, which cannot trace them, nothing is checked.
     """
+    assert not hasattr(function, "__wrapped__"), "the annotations of a wrapped function are not those of its code"
     arguments_only = types.FunctionType(
         function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )

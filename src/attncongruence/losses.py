@@ -167,7 +167,7 @@ class Comparison(NamedTuple):
     """What one side of a loss compares, row by row; all `(batch, heads, N, N)` but the last."""
 
     projected: Tensor
-    """The other modality's attention in this one's terms: logits, but probabilities for distributed alignment."""
+    """The other modality's attention in this one's terms: logits or probabilities."""
     own: Tensor
     """This modality's own attention, likewise."""
     counted: Tensor | None
@@ -210,10 +210,11 @@ class CongruenceLoss:
     """One loss: everything that is particular to it."""
 
     name: str
+    title: str
     dense: Callable[[Maps, Convention], Comparison]
     """Its language side, all maps built."""
     streaming: Form | None = None
-    """The same from queries and keys, in linear memory."""
+    """Likewise, in linear memory."""
     needs: tuple[str, ...] = ("LV",)
     """The cross-modal blocks of its language side: LV, or LV and VL."""
     on_scores: bool = True
@@ -225,9 +226,17 @@ class CongruenceLoss:
 LOSSES = {
     loss.name: loss
     for loss in (
-        CongruenceLoss("cacr", cacr, forms.CACR()),
-        CongruenceLoss("singular", singular, forms.Singular()),
-        CongruenceLoss("distributed", distributed, forms.Distributed(), ("LV", "VL"), on_scores=False, logits=False),
+        CongruenceLoss("cacr", "CACR", cacr, forms.CACR()),
+        CongruenceLoss("singular", "IAIS singular", singular, forms.Singular()),
+        CongruenceLoss(
+            "distributed",
+            "IAIS distributed",
+            distributed,
+            forms.Distributed(),
+            needs=("LV", "VL"),
+            on_scores=False,
+            logits=False,
+        ),
     )
 }
 """Every loss by its name."""
@@ -250,12 +259,11 @@ def evaluate(
     if impl == "streaming" or (impl == "auto" and not given and attention.shape[-1] >= SHORTEST):  # type: ignore[union-attr]
         where, streams = streaming_or_dense(loss.name, loss.streaming, attention, n_text, mask, convention, impl)
     if streams:
-        assert where is not None
-        assert loss.streaming is not None
+        assert where is not None and loss.streaming is not None  # noqa: PT018
         text, image = where.text, where.image
         losses = per_sample(attention, where, loss.streaming, convention, direction)
     else:
-        blocks = read_blocks(loss, attention, n_text, mask, convention, direction, where)
+        blocks = read_blocks(attention, n_text, mask, where, loss, convention, direction)
         text, image = blocks.text_mask, blocks.image_mask
         losses = _dense(loss, blocks, convention, direction)
     if reduction == "none":
@@ -282,15 +290,15 @@ def check_options(
 
 
 def read_blocks(
-    loss: CongruenceLoss,
     attention: Attention,
     n_text: NText | None,
     mask: Tensor | None,
-    convention: Convention,
-    direction: str,
     where: Located | None = None,
+    loss: CongruenceLoss | None = None,
+    convention: Convention = RELEASED,
+    direction: str = "both",
 ) -> AttentionBlocks:
-    """The 4-D blocks of what a loss was given; a ValueError where the loss is not defined on them."""
+    """The 4-D blocks of what a function was given; a ValueError where the loss, if any, is not defined."""
     if isinstance(attention, AttentionBlocks):
         if n_text is not None or mask is not None:
             raise ValueError("AttentionBlocks carry their own boundary and masks: leave n_text and mask out")
@@ -299,6 +307,8 @@ def read_blocks(
         S, source = (attention, None) if isinstance(attention, Tensor) else (attention.scores, attention)
         where = locate(S, n_text, mask, source) if where is None else where
         blocks = cut(S if S.dim() == 4 else S[:, None], where)
+    if loss is None:
+        return blocks
     cross = set(loss.needs) if direction == "language" else set(map(_SWAPPED.__getitem__, loss.needs))
     if direction == "both":
         cross |= set(loss.needs)
@@ -309,11 +319,10 @@ def read_blocks(
             raise ValueError(f"these blocks have no {name}, which this loss and direction need: {REMEDY[name]}")
         heads.append(block.shape[1])
     if 0 in heads:
-        raise ValueError("the attention has 0 heads: a loss is a mean over heads and needs at least one")
+        raise ValueError("the attention has 0 heads, and a loss is a mean over at least one")
     if convention.heads == "mean_loss" and min(heads) < max(heads):
         raise ValueError(
-            f"the blocks have different numbers of heads, {sorted(set(heads))}, and a loss per head needs equal ones: "
-            "use a convention with heads='mean_map'"
+            f"the blocks have different numbers of heads, {sorted(set(heads))}: use a convention with heads='mean_map'"
         )
     if blocks.allowed is not None:
         check_seen(blocks, cross)

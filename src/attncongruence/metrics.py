@@ -1,4 +1,7 @@
-"""What the papers measure: Winoground scores, recall, IAIS's attention distance, CACR's argmax entropy."""
+"""Metrics of the papers: Winoground scores, recall, IAIS's attention distance, CACR's argmax entropy.
+
+`docs/metrics.md` shows how to accumulate them over batches and processes.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +13,28 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 from torch.nn import functional as F
 
-from attncongruence._typing import Count, Reduction, checked, same_device, values_of
+from attncongruence._typing import Count, OneDirection, Reduction, checked, one_of, same_device, values_of
 from attncongruence.blocks import Attention, AttentionBlocks, NText, Quadrants
-from attncongruence.conventions import RELEASED, WEIGHTED_MEAN, Convention
+from attncongruence.conventions import WEIGHTED_MEAN, ConventionLike
 from attncongruence.layout import Mask
 from attncongruence.losses import LOSSES, check_options, iais_loss, read_blocks
 from attncongruence.maps import attention_map, entries, fill
 
 
 class WinogroundScores(NamedTuple):
-    """Per cent of examples that are right. Chance: 25, 25 and 16.67."""
+    """Percentage of examples that are right. Chance: 25, 25 and 16.67."""
 
     text: float
     """Both images prefer their own caption."""
     image: float
     """Both captions prefer their own image."""
     group: float
-    """Both."""
+    """Both of these."""
 
 
 @checked
 def winoground_scores(s: Float[Tensor, "n 2 2"] | Integer[Tensor, "n 2 2"]) -> WinogroundScores:
-    """Text, image and group score of Winoground, in per cent.
+    """Text, image and group score of Winoground, in percent.
 
     With `s(c, i)` the score of caption c and image i, an example is right for
 
@@ -39,23 +42,22 @@ def winoground_scores(s: Float[Tensor, "n 2 2"] | Integer[Tensor, "n 2 2"]) -> W
         image: s(0, 0) > s(0, 1) and s(1, 1) > s(1, 0)
         group: all four
 
-    All inequalities are strict: a tie is wrong, so that a model blind to order scores 0.
+    All inequalities are strict: a tie is wrong, so that a model blind to word order scores 0.
 
     Args:
-        s: `(examples, captions, images)`, higher means a better match; matched pairs on the diagonal.
+        s: `(examples, captions, images)`, higher for a better match; matched pairs are on the diagonal.
 
     Returns:
-        `(text, image, group)` in per cent, each 0 to 100. Scores drawn at random give 25, 25 and 16.67.
+        `(text, image, group)` in percent, each 0 to 100; random scores give 25, 25 and 16.67.
 
     Raises:
-        jaxtyping.TypeCheckError: another shape.
-        ValueError: no example, or a NaN among the scores.
+        ValueError: another shape, no example, NaN in the scores.
 
     Source:
         Thrush et al., CVPR 2022, Section 3; CACR (Pandey et al., ACL 2023), Table 2.
 
     Example:
-        The first example is right; in the second each image prefers its own caption, but caption 0 the wrong image.
+        The first example is right. In the second, each image prefers its own caption, but caption 0 the wrong image.
 
         >>> winoground_scores(torch.tensor([[[0.9, 0.1], [0.2, 0.8]], [[0.5, 0.6], [0.4, 0.7]]]))
         WinogroundScores(text=100.0, image=50.0, group=50.0)
@@ -74,28 +76,29 @@ def recall_at_k(
     k: Count = 1,
     relevant: Bool[Tensor, "queries candidates"] | Integer[Tensor, " queries"] | None = None,
 ) -> float:
-    """R@k of retrieval: per cent of queries with a relevant candidate among the best k.
+    """R@k of retrieval: percentage of queries with a relevant candidate among the best k.
 
-    A relevant candidate is among them if fewer than k irrelevant ones score as high or higher: ties count as wrong.
+    A query counts if fewer than k irrelevant candidates score as high as its best relevant one or higher: ties count
+    as wrong.
 
     Args:
-        scores: a row for each query, higher means a better match.
-        k: how many candidates are looked at, 1 to all.
-        relevant: the relevant candidate of each query, or a mask of all that are; None: the diagonal of a square.
+        scores: one row for each query, higher for a better match.
+        k: number of candidates that are looked at, 1 to all.
+        relevant: index of the relevant candidate of each query, or a mask of all relevant ones; None: the diagonal of
+            square scores.
 
     Returns:
-        Per cent of the queries, 0 to 100.
+        Percentage of the queries, 0 to 100.
 
     Raises:
-        jaxtyping.TypeCheckError: shapes that don't fit.
-        ValueError: k out of range, no query, NaN among the scores, a query without a relevant candidate, no `relevant`
-            and not square.
+        ValueError: shapes that don't match, k out of range, no query, NaN in the scores, a query without a relevant
+            candidate, no `relevant` for scores that are not square.
 
     Source:
-        As in IAIS (Ren et al., ACL 2021), Section 4, where ties don't come up.
+        As in IAIS (Ren et al., ACL 2021), Section 4. The rule for ties is ours.
 
     Example:
-        The second query has its own candidate in second place, behind a tie.
+        The second query has its own candidate in second place, because of a tie.
 
         >>> scores = torch.tensor([[3.0, 1.0, 2.0], [1.0, 1.0, 0.0], [0.0, 1.0, 2.0]])
         >>> round(recall_at_k(scores, 1), 2), recall_at_k(scores, 2)
@@ -123,7 +126,7 @@ def recall_at_k(
         raise ValueError("every query needs a relevant candidate: leave the others out")
     least = -torch.inf if scores.is_floating_point() else torch.iinfo(scores.dtype).min
     best = fill(scores, relevant, least).amax(1, keepdim=True)
-    # how many irrelevant candidates are as good as the best relevant one
+    # number of irrelevant candidates that are as good as the best relevant one
     ahead = ((scores >= best) & ~relevant).sum(1)
     return float(100 * (ahead < k).double().mean())
 
@@ -136,55 +139,45 @@ def attention_distance(
     *,
     mask: Mask | None = None,
     regions: Integer[Tensor, "batch text"] | None = None,
-    convention: Convention = WEIGHTED_MEAN,
+    convention: ConventionLike = WEIGHTED_MEAN,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, "..."]:
     """Intra-modal self-attention distance: m-KL(sigma(R), sigma(LL)) with R[i, j] = VV[a_i, a_j].
 
-    a_i is the region that stands for text token i. With annotated regions this is IAIS's metric of relation
-    consistency (ISDa); tokens without a region are left out. Without, it is the region that token i attends to most,
-    and the distance is the language side of `iais_loss`, singular alignment, as a number to watch: no gradient.
+    a_i is the region that belongs to text token i. With annotated regions this is IAIS's metric of relation consistency
+    (ISDa); tokens without a region are left out. Without annotation, a_i is the region that token i attends to most,
+    and the distance is the language side of `iais_loss` with singular alignment, without gradient.
 
     Args:
-        attention: as for `iais_loss`, and so are `n_text`, `mask`, `reduction`.
-        regions: `(batch, text)`: for each text token of a sample, in order, the place of its region among the sample's
-            image tokens, counted from 0; -1 for tokens without one. Shorter samples are filled up with -1.
-        convention: `WEIGHTED_MEAN` works on scores, head by head, and takes the mean over rows; `PRINTED` their sum.
-            `RELEASED` gives the training loss of the released code, which softmaxes R a second time.
+        attention: as in `iais_loss`, like `n_text`, `mask` and `reduction`.
+        regions: `(batch, text)`: for each text token of a sample, in order, the index of its region among the sample's
+            image tokens; -1 for a token without region, and after the tokens of shorter samples.
+        convention: `WEIGHTED_MEAN` compares scores in each head and takes the mean over rows and heads; `PRINTED` takes
+            the sum over rows. `RELEASED` is the training loss of the released code. It softmaxes R a second time, so it
+            is not 0 where text and regions attend alike.
 
     Returns:
-        The distance in nats, >= 0, over samples with both modalities and a region. On scores it is 0 if and only if
-        text and regions attend alike.
+        The distance in nats, >= 0; for `"mean"`, over samples with both modalities and a region. For conventions on
+        scores it is 0 if and only if text and regions attend alike.
 
     Raises:
-        jaxtyping.TypeCheckError, ValueError: as `iais_loss`, and for regions out of range or of another shape.
+        ValueError: as `iais_loss`, and for regions out of range or of another shape.
 
     Source:
         IAIS (Ren et al., ACL 2021), Section 3, after its abstract and released loss; `docs/paper-map.md`.
 
     Example:
-        Token 0 attends to the text with (3/4, 1/4), and its region to the regions with (1/2, 1/2); token 1 and its
-        region agree. The mean of log(3) / 4 and 0:
+        Token 0 attends to the text with (3/4, 1/4), and its region attends to the regions with (1/2, 1/2); token 1 and
+        its region agree. The distance is the mean of log(3) / 4 and 0.
 
         >>> S = torch.zeros(1, 4, 4)
         >>> S[0, 0, 0] = torch.tensor(3.0).log()
         >>> attention_distance(S, n_text=2, regions=torch.tensor([[0, 1]]))
         tensor(0.1373)
     """
-    if regions is None:
-        return iais_loss(attention, n_text, mask=mask, convention=convention, direction="language", reduction=reduction)
-    blocks = _annotated(
-        read_blocks(
-            LOSSES["singular"],
-            attention,
-            n_text,
-            mask,
-            check_options(LOSSES["singular"], convention, "language"),
-            "language",
-        ),
-        regions,
-    )
-    return iais_loss(blocks, convention=convention, direction="language", reduction=reduction)
+    if regions is not None:
+        attention, n_text, mask = _annotated(read_blocks(attention, n_text, mask), regions), None, None
+    return iais_loss(attention, n_text, mask=mask, convention=convention, direction="language", reduction=reduction)
 
 
 @torch.no_grad()
@@ -194,59 +187,63 @@ def argmax_entropy(
     n_text: NText | None = None,
     *,
     mask: Mask | None = None,
-    convention: Convention = RELEASED,
+    convention: ConventionLike = WEIGHTED_MEAN,
+    direction: OneDirection = "language",
     reduction: Reduction = "mean",
 ) -> Float[Tensor, "..."]:
-    """How many image tokens the text looks at: the entropy of where its tokens' attention is highest.
+    """How many image tokens the text looks at: the entropy of the places of its highest attention.
 
     With `a_i = argmax_k A_LV[i, k]` and `p_k` the share of text tokens with `a_i = k`,
 
         H = - sum_k p_k log p_k
 
-    0 where all text tokens look at one image token, as they do when attention has collapsed: then hard equivalence
-    compares the text with a single region.
+    It is 0 if all text tokens look at one image token, as they do when attention has collapsed; hard equivalence then
+    compares the text with a single region. For `direction="vision"` it says how many text tokens the image looks at,
+    from A_VL.
 
     Args:
-        attention: as for `cacr_loss`, and so are `n_text`, `mask`, `reduction`.
-        convention: whether the maximum is looked for in the heads' mean map (`RELEASED`) or in each head, the heads'
-            entropies averaged (`heads="mean_loss"`).
+        attention: as in `cacr_loss`, like `n_text`, `mask` and `reduction`.
+        convention: `WEIGHTED_MEAN` takes the maximum in each head and the mean of the heads' entropies, like any
+            convention with `heads="mean_loss"`; `RELEASED` takes the maximum in the mean map of the heads.
+        direction: `"language"`: where text tokens look in the image; `"vision"`: where image tokens look in the text.
 
     Returns:
-        Entropy in nats, 0 to log(min(text tokens, image tokens)): the mean over samples with both modalities, or as
-        `reduction` says. Text tokens that may look at no image token are left out. Of several maxima the first counts.
-        NaN where an attention is NaN.
+        Entropy in nats, 0 to log(min(text tokens, image tokens)); for `"mean"`, over samples with both modalities.
+        Tokens that may not attend to the other modality are left out. The first of several maxima counts. It is NaN if
+        an attention is NaN.
 
     Raises:
-        jaxtyping.TypeCheckError, ValueError: as `cacr_loss`.
+        ValueError: as `cacr_loss`.
 
     Source:
         After CACR (Pandey et al., ACL 2023), Section 5.2; `docs/paper-map.md`.
 
     Example:
-        Of four tokens two look at image token 0, one at 1 and one at 2: H = log(2) / 2 + log(4) / 2.
+        Of four tokens, two look at image token 0, one at 1 and one at 2: H = log(2) / 2 + log(4) / 2.
 
         >>> S = torch.zeros(1, 7, 7)
         >>> S[0, torch.arange(4), torch.tensor([4, 4, 5, 6])] = 1.0
         >>> argmax_entropy(S, n_text=4)
         tensor(1.0397)
     """
-    convention = check_options(LOSSES["cacr"], convention, "language", reduction)
-    blocks = read_blocks(LOSSES["cacr"], attention, n_text, mask, convention, "language")
+    one_of("direction", direction, ("language", "vision"))
+    loss = LOSSES["cacr"]
+    convention = check_options(loss, convention, direction, reduction)
+    blocks = read_blocks(attention, n_text, mask, None, loss, convention, direction)
     masks = entries(blocks)
+    if direction == "vision":
+        blocks, masks = blocks.swap(), masks.swap()
     batch, heads, _, M = blocks.LV.shape
     counts = blocks.LL.new_zeros(batch, 1 if convention.heads == "mean_map" else heads, M, dtype=torch.float32)
     if blocks.LV.numel():
         LV = attention_map(blocks.LV, masks.LV, convention)
         pairs = torch.ones_like(LV, dtype=torch.bool) if masks.LV is None else masks.LV
         pairs = pairs.any(1, keepdim=True) if LV.shape[1] == 1 else pairs.expand_as(LV)
-        # a_i = argmax_k A_LV[i, k]
-        counts.scatter_add_(-1, fill(LV, pairs, -torch.inf).argmax(-1), pairs.any(-1).float())
+        # a_i = argmax_k A_LV[i, k]; a row with NaN has none
+        counted = pairs.any(-1).float().masked_fill(LV.isnan().any(-1), torch.nan)
+        counts.scatter_add_(-1, fill(LV, pairs, -torch.inf).argmax(-1), counted)
     # H = - sum_k p_k log p_k
-    share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
-    per_head = torch.special.entr(share).sum(-1)
-    if blocks.LV.numel():
-        # A NaN has no argmax.
-        per_head = per_head.masked_fill(LV.isnan().any(-1).any(-1), torch.nan)
+    per_head = torch.special.entr(counts / counts.sum(-1, keepdim=True).clamp(min=1)).sum(-1)
     entropy: Tensor = per_head.mean(-1)
     if reduction == "none":
         return entropy
@@ -255,20 +252,20 @@ def argmax_entropy(
 
 
 def _annotated(blocks: AttentionBlocks, regions: Tensor) -> AttentionBlocks:
-    """The blocks with annotated regions in the place of LV: token i attends to region a_i alone, or to none."""
+    """Replace LV by the annotation: token i attends to region a_i alone, or to none."""
     same_device(attention=blocks.LL, regions=regions)
     values_of(regions=regions)
     batch, _, N, M = blocks.LV.shape
     if regions.shape != (batch, N):
         raise ValueError(
             f"regions has shape {tuple(regions.shape)}, and the batch has (batch, text tokens) = {(batch, N)}: "
-            "give one place for each text token, -1 for tokens without a region"
+            "give one index for each text token, -1 for tokens without a region"
         )
     regions = regions.long()
     given = regions >= 0
     if bool(((regions >= M) | (given & ~blocks.text_mask)).any()) or bool((regions < -1).any()):
         raise ValueError(f"regions must lie between -1 and {M - 1}, with -1 where a sample has no text token")
-    # one_hot knows no range of 0 classes
+    # one_hot needs at least one class
     one_hot = F.one_hot(regions.clamp(min=0), max(M, 1)).bool()[..., :M] & given[..., None]
     everything = one_hot.new_ones(1, 1, 1, 1)
     allowed = blocks.allowed or Quadrants(everything, everything, everything, everything)
@@ -280,7 +277,7 @@ def _annotated(blocks: AttentionBlocks, regions: Tensor) -> AttentionBlocks:
 
 
 def _comparable(name: str, scores: Tensor) -> Tensor:
-    """The scores in a dtype that compares without rounding: float64, or int64 for integers."""
+    """The scores as float64, or int64 for integers, to compare them without rounding."""
     values_of(**{name: scores})
     if not scores.numel():
         raise ValueError(f"{name} of shape {tuple(scores.shape)} is empty: there is nothing to score")

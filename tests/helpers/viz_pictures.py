@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from attncongruence import WEIGHTED_MEAN, TokenLayout
-from attncongruence.viz import plot_blocks, plot_congruence, plot_token_attention
+from attncongruence.viz import plot_blocks, plot_congruence, plot_region_labels, plot_token_attention
 
 FOLDER = Path(__file__).parents[1] / "data/viz"
 
@@ -51,10 +51,11 @@ PICTURES = {
     "congruence_causal": lambda: plot_congruence(
         scores(1, 2, 9), IMAGE_FIRST, mask=causal(9), convention=WEIGHTED_MEAN
     ),
-    "regions": lambda: plot_token_attention(image(40, 64), scores(1, 2, 5), 1, n_text=2, boxes=BOXES),
+    "regions": lambda: plot_token_attention(scores(1, 2, 5), 2, image=image(40, 64), token=1, boxes=BOXES),
     "patches": lambda: plot_token_attention(
-        image(40, 64), scores(1, 2, 17), 0, n_text=2, mask=hiding(17, range(2, 6)), grid=(3, 5), top=3
+        scores(1, 2, 17), 2, image=image(40, 64), token=0, mask=hiding(17, range(2, 6)), grid=(3, 5), top=3
     ),
+    "words": lambda: plot_region_labels(scores(1, 2, 18), 3, image=image(40, 64), block="VL", grid=(3, 5), top=2),
 }
 
 

@@ -1,7 +1,7 @@
-"""Pictures: the four blocks, one attention beside the other's projection, where a word looks in the image.
+"""Pictures of attention: its blocks, the two maps that a loss compares, words and image tokens on the image.
 
-Each function returns a matplotlib `Figure` and does nothing else: no window, no file, no pyplot, no rcParams. A
-notebook shows the figure, `figure.savefig("blocks.png")` keeps it. Needs `pip install 'attncongruence[viz]'`.
+Each function returns a matplotlib `Figure` and has no other effect: no window, no file, no pyplot, no rcParams. A
+notebook shows the figure; `figure.savefig("blocks.png")` saves it. Needs `pip install 'attncongruence[viz]'`.
 """
 
 try:
@@ -10,6 +10,6 @@ except ImportError as error:
     raise ImportError("attncongruence.viz draws with matplotlib: pip install 'attncongruence[viz]'") from error
 
 from attncongruence.viz.matrices import plot_blocks, plot_congruence
-from attncongruence.viz.picture import plot_token_attention
+from attncongruence.viz.picture import plot_region_labels, plot_token_attention
 
-__all__ = ["plot_blocks", "plot_congruence", "plot_token_attention"]
+__all__ = ["plot_blocks", "plot_congruence", "plot_region_labels", "plot_token_attention"]
