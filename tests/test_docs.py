@@ -14,13 +14,21 @@ pytestmark = pytest.mark.docs
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+CODE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# A heading outside of code: a comment in code begins with # as well.
+HEADING_OR_FENCE = re.compile(r"^```.*?^```|^##? ([^\n]+)$", re.MULTILINE | re.DOTALL)
+
+
+def sections(page):
+    """The code of each section, by the section's title."""
+    text = page.read_text()
+    headings = [match for match in HEADING_OR_FENCE.finditer(text) if match[1]]
+    ends = [*(match.start() for match in headings[1:]), len(text)]
+    return {match[1]: CODE.findall(text, match.end(), end) for match, end in zip(headings, ends, strict=False)}
+
+
 # One section is one session: its later blocks see what earlier ones defined.
-SECTIONS = {
-    f"{page.name}, {section.splitlines()[0]}": blocks
-    for page in PAGES
-    for section in re.split(r"^##? ", page.read_text(), flags=re.MULTILINE)[1:]
-    if (blocks := re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL))
-}
+SECTIONS = {f"{page.name}, {title}": blocks for page in PAGES for title, blocks in sections(page).items() if blocks}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -30,6 +38,11 @@ def test_code_runs(section):
     names = {"__name__": "__docs__"}
     for code in SECTIONS[section]:
         exec(compile(code, section, "exec"), names)
+
+
+def test_no_code_is_left_out():
+    fences = sum(line == "```python" for page in PAGES for line in page.read_text().splitlines())
+    assert sum(map(len, SECTIONS.values())) == fences > 30
 
 
 def test_each_kind_of_model_has_code():
