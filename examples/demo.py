@@ -257,7 +257,7 @@ with the congruence loss.
 
 {table(columns)}
 
-Projected attention is the attention among patches in terms of the words: E VV E^T.
+Projected attention is that among patches, in terms of the words: E VV E^T.
 Preferences have a standard error of {50 / len(held_out) ** 0.5:.1f} points from the choice of scenes alone;
 runs that differ in rounding or seed differ by more.
 {options.steps} steps a run, seed {options.seed}, {seconds:.0f} s. One seed is a demonstration, not evidence.""")

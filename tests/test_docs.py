@@ -1,4 +1,4 @@
-"""The documents say what is so: their code runs, their numbers are the committed ones, their pointers lead on."""
+"""The pages are right: their code runs, their numbers are the committed ones, and their links lead somewhere."""
 
 import ast
 import re
