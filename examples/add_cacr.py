@@ -1,4 +1,4 @@
-"""Add CACR to a training loop that exists: five lines, marked `new`. Put your own model and loader in their place.
+"""Add CACR to an existing training loop: the five lines marked `new`. Use your own model and loader.
 
 python -m examples.add_cacr
 """
@@ -15,7 +15,7 @@ STEPS, TEXT = 60, 12
 
 
 def main(steps: int = STEPS, scale: float = 1.0) -> list[dict[str, float]]:
-    """Train a small ViLT on one made batch and print both losses; `scale` 0 is training without the loss."""
+    """Train a small ViLT on one synthetic batch and print both losses; `scale` 0 trains without the congruence loss."""
     torch.manual_seed(0)
     small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     config = ViltConfig(**small, image_size=64, patch_size=16, vocab_size=100, num_labels=4, initializer_range=0.2)

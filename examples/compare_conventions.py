@@ -1,9 +1,10 @@
-"""How large is each congruence loss on your model, and how hard would it pull? Put your own model and batch in `load`.
+"""How large are each congruence loss and its gradient on your model? Put your own model and batch in `load`.
 
     python -m examples.compare_conventions
 
-For the last self-attention and one batch: each loss, the norm of its gradient beside the main loss's, and the weight at
-which the two norms would be equal. A loss whose gradient is a hundred times the main one's needs a small weight.
+For the last self-attention and one batch, the table has each loss, the norm of its gradient, and the weight at which
+that norm equals the norm of the main loss's gradient. A loss whose gradient is a hundred times that of the main loss
+needs a small weight.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The main job: image-text matching with a real ViLT, without and with the congruence loss.
+"""Image-text matching with a real ViLT, trained without and with the congruence loss.
 
     python -m examples.demo [--steps 300] [--seed 0] [--json PATH]
 
 A tiny ViLT (random weights; transformers' own model, image processor and tokenizer) learns whether a caption is true
-of a picture of coloured shapes. Captions and pictures differ in size, so both are padded. It is trained twice from the
-same weights on the same batches, and the closing table says what its last attention layer looks like on held-out
-scenes. This shows the pieces at work together. One short run with one seed is no evidence for or against the loss.
+of a picture of colored shapes. Captions and pictures differ in size, so both are padded. The model is trained twice
+from the same weights on the same batches. The table at the end describes its last attention layer on held-out scenes.
+This shows how the parts work together; one short run with one seed is no evidence for or against the loss.
 """
 
 import argparse
@@ -37,7 +37,7 @@ PATCH, PICTURE = 16, 96  # pixels: a patch, and the shorter side of a picture af
 MATCHED = 16  # matched pairs in a batch, and as many mismatched ones
 SWAPPED = 0.25  # share of mismatched pairs whose two nouns are exchanged; the rest has another scene's caption
 
-# What the table shows: a name for the JSON, a line for the reader, and how its numbers are written.
+# The rows of the table: name in the JSON file, label, and number format.
 ROWS = (
     ("other_caption", "prefers own caption to another scene's (%)", "{:.1f}"),
     ("swapped_caption", "prefers own caption to swapped roles (%)", "{:.1f}"),
@@ -48,7 +48,7 @@ ROWS = (
     ("projected_entropy", "entropy of projected attention (bits)", "{:.2f}"),
 )
 
-Pair = tuple[Item, Item]  # the one that gives the picture, the one that gives the caption
+Pair = tuple[Item, Item]  # the picture is from the first, the caption from the second
 Figures = dict[str, float]
 
 
@@ -60,7 +60,7 @@ class Batch(NamedTuple):
 
 
 def make_processor(captions: Sequence[str]) -> ViltProcessor:
-    """ViLT's own processor, with a vocabulary of just the words of these captions."""
+    """ViLT's own processor, whose vocabulary has only the words of these captions."""
     words = sorted({word for caption in captions for word in caption.split()})
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
     images = ViltImageProcessor(size={"shortest_edge": PICTURE}, size_divisor=PATCH)
@@ -78,7 +78,7 @@ def make_model(vocab_size: int) -> ViltForImageAndTextRetrieval:
             intermediate_size=128,
             image_size=PICTURE,
             patch_size=PATCH,
-            initializer_range=0.2,  # the usual 0.02 is for widths near 768: at 64 nothing is learnt in a minute
+            initializer_range=0.2,  # the usual 0.02 suits widths near 768; at 64 the model learns nothing in a minute
         )
     )
 
@@ -88,10 +88,10 @@ def joint_layout(
 ) -> TokenLayout:
     """Where ViLT puts words and patches: `[CLS] words [SEP] padding | [image CLS] patches padding`.
 
-    ViLT draws the order of a picture's patches anew in each forward pass, and which of them it keeps if they are more
-    than `max_image_length`. But patches come before padding, so their number says where they are, and the image part is
-    as long as the largest picture of the batch. The three special tokens stand for no word and no patch and are left
-    out: the losses ignore positions that are neither text nor image.
+    In each forward pass ViLT shuffles the patches of a picture, and draws which ones it keeps if there are more than
+    `max_image_length`. Patches always come before padding, so their number says where they are. The image part is as
+    long as the largest picture of the batch. The three special tokens are left out, because the losses ignore positions
+    that are neither text nor image.
     """
     words = inputs["attention_mask"].bool()
     for special in special_ids:
@@ -104,7 +104,7 @@ def joint_layout(
 
 
 def encode(processor: ViltProcessor, pairs: Sequence[Pair]) -> Batch:
-    """Pictures and captions as the model takes them, padded to the largest and to the longest."""
+    """Pictures and captions as model inputs, padded to the largest and to the longest of the batch."""
     pictures, captions = [picture.image for picture, _ in pairs], [caption.caption for _, caption in pairs]
     inputs = dict(processor(images=pictures, text=captions, padding=True, return_tensors="pt"))
     tokenizer = processor.tokenizer
@@ -126,7 +126,7 @@ def mismatched_pair(item: Item, pool: Sequence[Item], rng: random.Random) -> Pai
 
 
 def training_batches(items: Sequence[Item], processor: ViltProcessor, steps: int, seed: int) -> Iterator[Batch]:
-    """Matched pairs first, then a mismatched one for each of them."""
+    """Batches of matched pairs, followed by one mismatched pair for each of them."""
     rng = random.Random(seed)
     for _ in range(steps):
         chosen = rng.sample(items, MATCHED)
@@ -137,9 +137,9 @@ def training_batches(items: Sequence[Item], processor: ViltProcessor, steps: int
 def train(
     model: nn.Module, batches: Iterator[Batch], steps: int, weight: Callable[[int], float], name: str
 ) -> list[Figures]:
-    """An ordinary training loop with three lines more: `capture`, `congruence`, and the sum of the two losses."""
+    """An ordinary training loop with three more lines: `capture`, `congruence`, and the sum of the two losses."""
     labels = torch.cat([torch.ones(MATCHED), torch.zeros(MATCHED)])
-    positives = slice(0, MATCHED)  # a caption that is false of the picture need not agree with it
+    positives = slice(0, MATCHED)  # a caption that is false of its picture need not agree with it
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     history = []
     capture = capture_attention(model)  # the last self-attention
@@ -159,7 +159,7 @@ def train(
 
 
 def attention_figures(scores: Tensor, layout: TokenLayout) -> dict[str, Tensor]:
-    """What the attention of each sample looks like: `(batch,)` for each of the table's last rows."""
+    """The last rows of the table for each sample, `(batch,)` each."""
     of_text: Tensor = layout.text
     probs = scores.softmax(-1)
 
@@ -172,7 +172,7 @@ def attention_figures(scores: Tensor, layout: TokenLayout) -> dict[str, Tensor]:
         return bits
 
     to_image = probs * layout.image[:, None, None, :]
-    # The loss's own maps: the softmax inside the block, averaged over heads. Text rows hold A_LV, image rows A_VV.
+    # The maps of the loss: softmax inside the block, mean over heads. Text rows hold A_LV, image rows A_VV.
     maps = (to_image / to_image.sum(-1, keepdim=True)).mean(1)
     E = maps * of_text[:, :, None]
     return {
@@ -186,7 +186,7 @@ def attention_figures(scores: Tensor, layout: TokenLayout) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, processor: ViltProcessor, items: Sequence[Item], uniform: bool = False) -> Figures:
-    """The table's column: means over held-out scenes. With `uniform`, as if every token attended to all alike."""
+    """One column of the table: means over held-out scenes. `uniform` replaces the attention by a uniform one."""
     model.eval()
     rng, figures = random.Random(0), defaultdict(list)
     with capture_attention(model, analysis=True) as capture:
@@ -209,7 +209,7 @@ def evaluate(model: nn.Module, processor: ViltProcessor, items: Sequence[Item], 
 
 
 def table(columns: dict[str, Figures]) -> str:
-    """The closing table: a line for each of `ROWS`, a column for each state of the model."""
+    """The table at the end: one line for each of `ROWS`, one column for each state of the model."""
     wide = max(len(title) for _, title, _ in ROWS)
     lines = [" " * wide + "".join(f"{name:>9}" for name in columns)]
     for name, title, form in ROWS:
@@ -225,7 +225,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all numbers here")
     options = parser.parse_args(arguments)
 
-    torch.set_num_threads(1)  # the tensors are tiny: threads that wait for each other can take ten times as long
+    torch.set_num_threads(
+        1
+    )  # the tensors are tiny: several threads mostly wait for each other and can take ten times as long
     start = time.perf_counter()
     items = WORLD.items(TRAINING_SCENES + HELD_OUT_SCENES, options.seed)
     training, held_out = items[:TRAINING_SCENES], items[TRAINING_SCENES:]
@@ -250,12 +252,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     print(f"""
 The last attention layer on {len(held_out)} held-out scenes: if all attention were uniform
-(and matching left to chance), before training, and after it without and with
-the congruence loss.
+(and matching at chance), before training, and after training without and
+with the congruence loss.
 
 {table(columns)}
 
-Projected attention is that among patches as seen from the words: E VV E^T.
+Projected attention is that among patches, in terms of the words: E VV E^T.
 Preferences have a standard error of {50 / len(held_out) ** 0.5:.1f} points from the choice of scenes alone;
 runs that differ in rounding or seed differ by more.
 {options.steps} steps a run, seed {options.seed}, {seconds:.0f} s. One seed is a demonstration, not evidence.""")

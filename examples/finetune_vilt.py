@@ -1,24 +1,24 @@
-r"""Fine-tune ViLT for image-text matching with a congruence loss, and watch Winoground.
+r"""Fine-tune ViLT for image-text matching with a congruence loss, and evaluate on Winoground.
 
     python -m examples.finetune_vilt --captions dataset_flickr30k.json --images flickr30k-images \
         --winoground winoground --model dandelin/vilt-b32-finetuned-flickr30k --loss cacr --output runs/cacr
 
-On several GPUs: `torchrun --nproc-per-node 4 -m examples.finetune_vilt ...`. The same command continues a run that was
-interrupted, from its last checkpoint, and ends with the same weights and numbers. Data formats are described in
-`examples/ranking_data.py`; `examples/make_tiny_data.py` makes some, with a checkpoint, to try it without any.
-A page on it: `docs/training.md`.
+On several GPUs: `torchrun --nproc-per-node 4 -m examples.finetune_vilt ...`. If a run was interrupted, the same
+command continues it from the last checkpoint and ends with the same weights and numbers. `examples/ranking_data.py`
+describes the data formats. `examples/make_tiny_data.py` makes tiny data and a checkpoint, to try it without any.
+`docs/training.md` has a section on this example.
 
 The task is that of CACR and IAIS: a query, its matched pair and 31 false ones, in both directions. Three things differ:
 
-- The ranking loss is softmax cross-entropy over a query's candidates, as ViLT's authors fine-tuned this very head (with
-  15 false captions). UNITER, and with it CACR and IAIS, takes a hinge of margin 0.2 on sigmoid scores.
-- Negatives are drawn at random; theirs are the 31 with the highest scores of 399 drawn at random.
-- Both sides of the congruence loss are added for each matched pair; they take the language side where pictures are
-  ranked and the vision side where captions are, and do not divide it by the batches accumulated, 4, as they do the
-  ranking loss. Counted for each query, that is `--weight 2` here.
+- The ranking loss is softmax cross-entropy over a query's candidates, which is how ViLT's authors fine-tuned this head
+  (with 15 false captions). UNITER, and with it CACR and IAIS, uses a hinge with margin 0.2 on sigmoid scores.
+- Negatives are drawn at random. Theirs are the 31 with the highest scores of 399 drawn at random.
+- Here both sides of the congruence loss are added for each matched pair. Their codes use the language side where
+  pictures are ranked and the vision side where captions are, and divide the ranking loss, but not the congruence loss,
+  by the 4 batches accumulated. For each query, that corresponds to `--weight 2` here.
 
-Steps, optimiser and schedules are otherwise those of CACR's released configuration. One query is 32 pairs through the
-model and back. With --gradient-checkpointing and --bf16 they need less memory.
+Steps, optimizer and schedules are otherwise those of CACR's released configuration. One query is 32 pairs, forward and
+backward; --gradient-checkpointing and --bf16 save memory.
 """
 
 import argparse
@@ -44,9 +44,7 @@ from transformers import (
 
 import attncongruence
 from attncongruence import (
-    PRINTED,
-    RELEASED,
-    WEIGHTED_MEAN,
+    CONVENTIONS,
     CACRLoss,
     IAISLoss,
     Regularizer,
@@ -59,15 +57,14 @@ from examples.ranking_data import Queries, rank_batch, read_flickr, read_winogro
 from examples.run_folder import last_checkpoint, same_run
 
 LOSSES = {"cacr": CACRLoss, "iais": IAISLoss}
-CONVENTIONS = {"released": RELEASED, "printed": PRINTED, "weighted_mean": WEIGHTED_MEAN}
 WINOGROUND = ("text", "image", "group")
 TRAINING = ("loss", "congruence_loss", "congruence_weight", "learning_rate", "grad_norm")
 
 
 class ViltForRanking(ViltForImageAndTextRetrieval):
-    """transformers' ViLT with its matching head, which has no loss of its own, and softmax cross-entropy."""
+    """transformers' ViLT with its matching head, which has no loss of its own, plus softmax cross-entropy."""
 
-    def forward(  # no **kwargs: with them Trainer would believe that the loss is divided by num_items_in_batch in here
+    def forward(  # no **kwargs: with them Trainer would assume that this divides by num_items_in_batch
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
@@ -79,8 +76,12 @@ class ViltForRanking(ViltForImageAndTextRetrieval):
         """Scores of all pairs, `(rankings, queries, candidates)`, and the loss.
 
         Args:
-            input_ids: and the next four: a row for each pair, the candidates of a query next to each other.
-            labels: `(rankings, queries)`: which candidate is the matched pair.
+            input_ids: like the next four, one row for each pair; the candidates of a query are next to each other.
+            attention_mask: see `input_ids`.
+            token_type_ids: see `input_ids`.
+            pixel_values: see `input_ids`.
+            pixel_mask: see `input_ids`.
+            labels: `(rankings, queries)`, index of the candidate that is the matched pair.
         """
         scores = super().forward(input_ids, attention_mask, token_type_ids, pixel_values, pixel_mask).logits
         scores = scores.view(*labels.shape, -1)
@@ -89,20 +90,20 @@ class ViltForRanking(ViltForImageAndTextRetrieval):
 
 
 def matched_pairs(batch: Mapping[str, Tensor]) -> Tensor:
-    """Which pairs of a batch are matched, `(pairs,)` bool: the only ones that should agree."""
+    """Which pairs of a batch are matched, `(pairs,)` bool. Only their attention should agree."""
     right = batch["labels"].flatten()
     candidates = torch.arange(len(batch["input_ids"]) // len(right), device=right.device)
     return (candidates == right[:, None]).flatten()
 
 
 def add_congruence(model: ViltForRanking, processor: ViltProcessor, options: argparse.Namespace) -> Regularizer:
-    """The library's part. Trainer knows nothing of it."""
+    """Add the congruence loss to the model's own loss; Trainer needs no change."""
     tokenizer, warmup = processor.tokenizer, exponential_warmup(options.steps)
     return regularize(
         model,
-        LOSSES[options.loss](CONVENTIONS[options.convention]),
-        # Words and patches: no padding, no [CLS] or [SEP], as the authors did. ViLT drops and reorders patches as it
-        # likes; where they ended up is read from the captured layer.
+        LOSSES[options.loss](options.convention),
+        # Words and patches without padding, [CLS] and [SEP], as the authors did. ViLT drops and shuffles patches, so
+        # their positions are read from the captured layer.
         n_text=partial(token_layout, model, special=(tokenizer.cls_token_id, tokenizer.sep_token_id)),
         weight=lambda step: options.weight * warmup(step),
         positives=matched_pairs,
@@ -110,7 +111,7 @@ def add_congruence(model: ViltForRanking, processor: ViltProcessor, options: arg
 
 
 def winoground(prediction: EvalPrediction) -> dict[str, float]:
-    """Text, image and group score, from `(examples, captions, images)`."""
+    """Text, image and group score from scores of shape `(examples, captions, images)`."""
     return winoground_scores(torch.as_tensor(prediction.predictions))._asdict()
 
 
@@ -131,16 +132,16 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     add("--convention", "of the congruence loss (default: released)", choices=CONVENTIONS)
     add("--weight", "of the congruence loss at the last step (default: 1)", type=float)
     add("--negatives", "false candidates of each query", type=int, default=31)
-    add("--steps", "of the optimiser, and of the weight's exponential warm-up", type=int, default=5000)
+    add("--steps", "of the optimizer, and of the weight's exponential warm-up", type=int, default=5000)
     add("--queries", "in a forward pass, on each process", type=int, default=1)
-    add("--accumulate", "forward passes before the optimiser steps", type=int, default=8)
-    add("--learning-rate", "of AdamW, at its highest", type=float, default=5e-5)
+    add("--accumulate", "forward passes before an optimizer step", type=int, default=8)
+    add("--learning-rate", "highest learning rate of AdamW", type=float, default=5e-5)
     add("--log-every", "steps: log the losses", type=int, default=50)
     add("--save-every", "steps: evaluate on Winoground, write a checkpoint", type=int, default=500)
     add("--workers", "processes that load pictures, for each process that trains", type=int, default=2)
     add("--gradient-checkpointing", "compute activations twice instead of keeping them", action="store_true")
     add("--bf16", "bfloat16 autocast", action="store_true")
-    add("--cpu", "no GPU, even where there is one", action="store_true")
+    add("--cpu", "use the CPU even if there is a GPU", action="store_true")
     add("--seed", "of all draws", type=int, default=0)
     options = parser.parse_args(arguments)
 
@@ -163,7 +164,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
 
 
 def training_arguments(options: argparse.Namespace) -> TrainingArguments:
-    """CACR's released configuration, as far as the command line doesn't say otherwise."""
+    """CACR's released configuration, with the changes from the command line."""
     return TrainingArguments(
         output_dir=str(options.output),
         max_steps=options.steps,
@@ -191,14 +192,14 @@ def training_arguments(options: argparse.Namespace) -> TrainingArguments:
 
 
 def recorded(options: argparse.Namespace, processes: int) -> dict[str, Any]:
-    """All that a run's numbers depend on, as JSON."""
+    """Everything that the numbers of a run depend on, ready for JSON."""
     chosen = {name: value for name, value in vars(options).items() if name not in ("output", "workers")}
     paths = {name: str(value) for name, value in chosen.items() if isinstance(value, Path)}
     return chosen | paths | {"processes": processes}
 
 
 def summary(trainer: Trainer, settings: dict[str, Any]) -> dict[str, Any]:
-    """What goes into metrics.json."""
+    """The content of metrics.json."""
     rows = trainer.state.log_history
     return {
         "options": settings,
@@ -213,7 +214,7 @@ def summary(trainer: Trainer, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Train, or go on training; return (and write) all numbers."""
+    """Train, or continue training; write and return all numbers."""
     parser, options = parse(arguments)
     training = training_arguments(options)
     settings = recorded(options, training.world_size)
@@ -236,14 +237,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if metrics.is_file():
-        print(f"This run has ended before: {metrics}")
+        print(f"This run is complete: {metrics}")
         return json.loads(metrics.read_text())
 
     set_seed(options.seed)
     model = ViltForRanking.from_pretrained(options.model, dtype=torch.float32)
     processor = ViltProcessor.from_pretrained(options.model)
     if options.gradient_checkpointing:
-        # transformers is renaming it
+        # transformers is renaming this method
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     if options.loss != "none":
@@ -251,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     checkpoint = last_checkpoint(options.output, training.world_size)
     training.eval_on_start = checkpoint is None
     if checkpoint and training.process_index == 0:
-        print(f"Going on from {checkpoint}")
+        print(f"Continuing from {checkpoint}")
     trainer = Trainer(
         model,
         training,
@@ -275,5 +276,5 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 if __name__ == "__main__":
     main()
     if torch.distributed.is_initialized():
-        # Else gloo's threads, which hold tensors, now and then abort a process that exits (pytorch/pytorch#190489).
+        # Otherwise gloo's threads, which hold tensors, sometimes abort the process at exit (pytorch/pytorch#190489).
         torch.distributed.destroy_process_group()

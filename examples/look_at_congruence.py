@@ -1,10 +1,11 @@
-"""How congruent is the attention of your model, layer by layer? Put your own model and batch in `load`.
+"""How congruent is the attention of your model in each layer? Put your own model and batch in `load`.
 
     python -m examples.look_at_congruence [--picture congruence.png]
 
-For each self-attention over words and patches: how far the words' attention is from the patches' seen through the words
-(language) and the other way round (vision), how many patches the words look at most, and optionally a picture of the
-last layer, the words' attention beside the projection.
+For each self-attention over words and patches, this prints the divergence of the words' attention from the projected
+attention of the patches (language), the same with words and patches exchanged (vision), and the argmax entropy, which
+says how many different patches the words attend to most. With --picture it draws the last layer: the words' attention
+beside the projection.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def load() -> tuple[nn.Module, dict[str, Tensor]]:
 
 @torch.no_grad()
 def look(model: nn.Module, batch: dict[str, Tensor]) -> tuple[list[Row], list[CapturedAttention]]:
-    """A row for each layer, and what was captured there."""
+    """One row for each layer, and the captured records."""
     with capture_attention(model, layers=find_attention(model), analysis=True) as capture:
         model(**batch)
         layers = capture.pop_all()

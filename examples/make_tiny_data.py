@@ -1,11 +1,11 @@
-"""Tiny data and a tiny ViLT, in the formats that `examples.finetune_vilt` reads: to try it in a minute, without data.
+"""Makes tiny data and a tiny ViLT in the formats that `examples.finetune_vilt` reads, to try it in a minute.
 
     python -m examples.make_tiny_data tiny
 
-writes pictures of coloured shapes with captions such as "the red circle is left of the blue square":
+writes pictures of colored shapes with captions such as "the red circle is left of the blue square":
 
     tiny/dataset_flickr30k.json, tiny/images/     matched pairs, in Karpathy's form of Flickr30k
-    tiny/winoground/                              pairs of pairs that differ in who is where, as Winoground
+    tiny/winoground/                              pairs of pairs that differ only in what is where, as in Winoground
     tiny/vilt/                                    a ViLT checkpoint: random weights, tokenizer, image processor
 
 Nothing is downloaded. The same seed writes the same files.
@@ -23,7 +23,7 @@ from examples.demo import WORLD, make_model, make_processor
 
 
 def write_flickr(folder: Path, items: Sequence[Item]) -> None:
-    """`dataset_flickr30k.json` and `images/`; every tenth picture is in split `val`."""
+    """Write `dataset_flickr30k.json` and `images/`; every tenth picture is in split `val`."""
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     entries = []
@@ -36,7 +36,7 @@ def write_flickr(folder: Path, items: Sequence[Item]) -> None:
 
 
 def write_winoground(folder: Path, items: Sequence[Item]) -> None:
-    """`examples.jsonl` and `images/`: each item, and the one in which two shapes have changed places."""
+    """Write `examples.jsonl` and `images/`: each item, and the same item with two shapes exchanged."""
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     rows = []

@@ -1,6 +1,6 @@
 """Pictures and captions to rank: Flickr30k-style queries with random negatives, Winoground, and batches for ViLT.
 
-On disk, the two formats as they are published:
+The two formats on disk are the published ones:
 
 - Flickr30k in Karpathy's split: `dataset_flickr30k.json`, which is `{"images": [{"filename": "1000092795.jpg", "split":
   "train", "sentences": [{"raw": "Two young guys ..."}, ...]}, ...]}`, and a folder with the pictures. COCO's
@@ -33,11 +33,11 @@ class Picture(NamedTuple):
 
 
 class Ranking(NamedTuple):
-    """All pairs of some captions and some pictures, caption by caption: the candidates of one query or several.
+    """All pairs of some captions and some pictures, caption by caption: the candidates of one or several queries.
 
-    `right` has a number for each query: which of its candidates is the matched pair. One caption and 32 pictures, or
-    32 captions and one picture, are one query with 32 candidates; a Winoground example is two queries, its captions,
-    with two candidates each, its pictures.
+    `right` has, for each query, the index of the candidate that is the matched pair. One caption and 32 pictures, or 32
+    captions and one picture, are one query with 32 candidates. A Winoground example is two queries, its captions, with
+    two candidates each, its pictures.
     """
 
     captions: tuple[str, ...]
@@ -46,19 +46,19 @@ class Ranking(NamedTuple):
 
 
 class Queries(Dataset[Ranking]):
-    """Queries for training: a matched pair, and with it false pictures or false captions, by the toss of a coin.
+    """Queries for training: a matched pair with either false pictures or false captions, chosen at random.
 
-    Query `i` depends on `seed` and `i` alone, so that a run which is interrupted continues with the queries it would
-    have had, whichever process or worker draws them. False candidates come from other pictures, each from another one.
+    Query `i` depends only on `seed` and `i`. So an interrupted run continues with the same queries, whichever process
+    or worker draws them. Each false candidate comes from a different picture.
 
     Args:
-        pictures: all there are, two or more.
-        negatives: false candidates of a query, 1 to `len(pictures) - 1`.
-        total: how many queries there are.
+        pictures: all pictures, at least two.
+        negatives: number of false candidates of a query, 1 to `len(pictures) - 1`.
+        total: number of queries.
         seed: of all draws.
 
     Raises:
-        ValueError: too few pictures for as many negatives.
+        ValueError: too few pictures for this number of negatives.
     """
 
     def __init__(self, pictures: Sequence[Picture], negatives: int, total: int, seed: int) -> None:
@@ -76,7 +76,7 @@ class Queries(Dataset[Ranking]):
     def __getitem__(self, index: int) -> Ranking:
         rng = random.Random(f"{self.seed} {index}")
         own, caption = rng.choice(self._pairs)
-        # Any picture but its own: those from there on move up by one.
+        # Any picture but the query's own: indices from there on move up by one.
         others = [n + (n >= own) for n in rng.sample(range(len(self.pictures) - 1), self.negatives)]
         false = [self.pictures[n] for n in others]
         if rng.random() < 0.5:
@@ -86,13 +86,14 @@ class Queries(Dataset[Ranking]):
 
 
 def rank_batch(processor: ViltProcessor, text_length: int) -> Callable[[Sequence[Ranking]], dict[str, Tensor]]:
-    """A collate function: what ViLT is called with, a row for each pair, and `labels`, `(rankings, queries)`.
+    """A collate function that returns ViLT's arguments, one row for each pair, and `labels`, `(rankings, queries)`.
 
-    Captions are padded or cut to `text_length` tokens, pictures are padded to the largest of the batch. Each is
-    processed once, however many pairs it is part of. All rankings of a batch must have as many queries and candidates.
+    Captions are padded or cut to `text_length` tokens; pictures are padded to the largest of the batch. Each is
+    processed once, however many pairs it is part of. All rankings of a batch must have the same numbers of queries and
+    candidates.
     """
 
-    # Not a closure: a worker is sent it by pickle wherever processes are not forked, as on Python 3.14.
+    # Not a closure, because workers receive it by pickle where processes are not forked, as on Python 3.14.
     return partial(_rank_batch, processor, text_length)
 
 
@@ -100,7 +101,7 @@ def read_flickr(captions: Path, images: Path, split: str = "train") -> list[Pict
     """The pictures of one split that have a caption.
 
     Raises:
-        ValueError: a file that is missing or of another form, no picture in this split, or pictures that are not in the
+        ValueError: the file is missing or has another form, the split has no picture, or pictures are missing from the
             folder. The message says which.
     """
     form = '{"images": [{"filename": ..., "split": ..., "sentences": [{"raw": ...}, ...]}, ...]}'
@@ -122,7 +123,7 @@ def read_flickr(captions: Path, images: Path, split: str = "train") -> list[Pict
 
 
 def read_winoground(folder: Path) -> list[Ranking]:
-    """Winoground's examples: caption 0 goes with picture 0, and 1 with 1.
+    """Winoground's examples: caption 0 belongs to picture 0, caption 1 to picture 1.
 
     Raises:
         ValueError: as `read_flickr`.
@@ -180,7 +181,7 @@ def _png(name: str) -> str:
 
 
 def _all_there(pictures: Sequence[Path], named_in: Path) -> None:
-    """Better now than after hours of training."""
+    """Raise a ValueError now, not after hours of training, if a picture is missing."""
     missing = [picture for picture in pictures if not picture.is_file()]
     if missing:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A folder holds one training run: what it was started with, and the checkpoint to go on from."""
+"""The folder of one training run: its options, and the checkpoint to continue from."""
 
 import json
 import zipfile
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def same_run(folder: Path, settings: Mapping[str, Any], write: bool) -> None:
-    """Compares `options.json` with the settings of this run; if it isn't there, writes it, where `write` says so.
+    """Compare `options.json` with the settings of this run; if the file does not exist and `write` is set, write it.
 
     Raises:
         ValueError: the folder holds a run with other settings.
@@ -31,8 +31,8 @@ def same_run(folder: Path, settings: Mapping[str, Any], write: bool) -> None:
 def last_checkpoint(folder: Path, processes: int) -> Path | None:
     """The newest checkpoint of transformers' Trainer that was written to its end.
 
-    One that an interrupt cut short is passed over: the first process writes `trainer_state.json` last, each other one
-    the state of its random numbers.
+    An incomplete one is skipped: the first process writes `trainer_state.json` last, and each other process the state
+    of its random numbers.
     """
     states = [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else ["rng_state.pth"]
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):

@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 # Without a card, kernels run in Triton's interpreter. It must be chosen before Triton is imported, by whichever test.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# Two noisy cores: a deadline would measure the machine. Derandomised, so that a red test is red again.
+# Two noisy cores: a deadline would measure the machine. Derandomized, so that a red test is red again.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
 # `make fuzz`: many more examples, new ones each time; a failure prints the line that reproduces it.
 hypothesis.settings.register_profile("nightly", deadline=None, max_examples=2500, print_blob=True, database=None)

@@ -200,7 +200,7 @@ def test_the_run_without_is_ordinary_training(model: ViltForImageAndTextRetrieva
     assert not model._forward_pre_hooks
 
 
-def test_only_matched_pairs_are_regularised(model: ViltForImageAndTextRetrieval, processor: ViltProcessor) -> None:
+def test_only_matched_pairs_are_regularized(model: ViltForImageAndTextRetrieval, processor: ViltProcessor) -> None:
     matched = [(item, item) for item in ITEMS[: demo.MATCHED]]
     histories = []
     for seed in (0, 1):

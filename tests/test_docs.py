@@ -1,4 +1,4 @@
-"""The documents say what is so: their code runs, their numbers are the committed ones, their pointers lead on."""
+"""The pages are right: their code runs, their numbers are the committed ones, and their links lead somewhere."""
 
 import ast
 import re
@@ -13,14 +13,22 @@ from benchmarks.record import committed
 pytestmark = pytest.mark.docs
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+CODE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# A heading outside of code: a comment in code begins with # as well.
+HEADING_OR_FENCE = re.compile(r"^```.*?^```|^##? ([^\n]+)$", re.MULTILINE | re.DOTALL)
+
+
+def sections(page):
+    """The code of each section, by the section's title."""
+    text = page.read_text()
+    headings = [match for match in HEADING_OR_FENCE.finditer(text) if match[1]]
+    ends = [*(match.start() for match in headings[1:]), len(text)]
+    return {match[1]: CODE.findall(text, match.end(), end) for match, end in zip(headings, ends, strict=False)}
+
+
 # One section is one session: its later blocks see what earlier ones defined.
-SECTIONS = {
-    f"{page.name}, {section.splitlines()[0]}": blocks
-    for page in PAGES
-    for section in re.split(r"^##? ", page.read_text(), flags=re.MULTILINE)[1:]
-    if (blocks := re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL))
-}
+SECTIONS = {f"{page.name}, {title}": blocks for page in PAGES for title, blocks in sections(page).items() if blocks}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -30,6 +38,11 @@ def test_code_runs(section):
     names = {"__name__": "__docs__"}
     for code in SECTIONS[section]:
         exec(compile(code, section, "exec"), names)
+
+
+def test_no_code_is_left_out():
+    fences = sum(line == "```python" for page in PAGES for line in page.read_text().splitlines())
+    assert sum(map(len, SECTIONS.values())) == fences > 30
 
 
 def test_each_kind_of_model_has_code():
@@ -75,7 +88,7 @@ def test_the_committed_conventions_are_what_is_measured():
 
 
 def names_in(path):
-    """Functions, classes and their methods of a module, as `name` or `Class.name`."""
+    """Functions, classes, their methods, and constants of a module, as `name` or `Class.name`."""
     tree = ast.parse(path.read_text())
     found = set()
     for node in tree.body:
@@ -83,15 +96,20 @@ def names_in(path):
             found.add(node.name)
         if isinstance(node, ast.ClassDef):
             found |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+        if isinstance(node, ast.Assign):
+            found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
     return found
 
 
-def test_the_paper_map_leads_somewhere():
-    page = (ROOT / "docs/paper-map.md").read_text()
+@pytest.mark.parametrize(("name", "least"), [("paper-map", 20), ("mathematics", 20), ("code", 40)])
+def test_names_of_the_code_are_there(name, least):
+    page = (ROOT / f"docs/{name}.md").read_text()
     pointers = re.findall(r"`([\w/]+\.py)(?:::([\w.]+))?`(?:, `(test_\w+)`)?", page)
-    assert len(pointers) > 20
-    for file, name, also in pointers:
+    assert len(pointers) > least
+    missing = []
+    for file, attribute, also in pointers:
         path = ROOT / ("tests" if file.startswith("test_") else "src/attncongruence") / file
-        assert path.exists(), file
-        for wanted in filter(None, (name, also)):
-            assert wanted in names_in(path), f"{file}::{wanted}"
+        there = names_in(path) if path.exists() else set()
+        if not path.exists() or not {attribute, also} - {""} <= there:
+            missing.append(f"{file}::{attribute or also}")
+    assert not missing

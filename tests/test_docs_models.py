@@ -1,4 +1,4 @@
-"""docs/models.md says what the models do."""
+"""The table of docs/models.md equals what the models do."""
 
 import pytest
 

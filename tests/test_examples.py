@@ -1,4 +1,4 @@
-"""The example scripts, run as they stand."""
+"""Runs the example scripts unchanged."""
 
 import pytest
 import torch

@@ -197,14 +197,14 @@ def test_an_interrupted_run_ends_like_one_that_was_not(
     drawn.clear()
     capsys.readouterr()
     resumed = finetune_vilt.main(arguments)
-    assert capsys.readouterr().out.startswith(f"Going on from {tmp_path}/checkpoint-2\n")
+    assert capsys.readouterr().out.startswith(f"Continuing from {tmp_path}/checkpoint-2\n")
     assert len(drawn) == 8  # steps 3 to 6: the first two are not trained again
     assert resumed == expected
     assert same(weights(tmp_path), weights(folder))
 
     drawn.clear()
     assert finetune_vilt.main(arguments) == expected
-    assert capsys.readouterr().out == f"This run has ended before: {tmp_path}/metrics.json\n"
+    assert capsys.readouterr().out == f"This run is complete: {tmp_path}/metrics.json\n"
     assert not drawn
 
 

@@ -66,7 +66,7 @@ def test_two_processes_killed_and_started_again(tmp_path: Path) -> None:
     expected, found = (json.loads((folders[name] / "metrics.json").read_text()) for name in ("whole", "killed"))
     assert expected["options"]["processes"] == 2
     assert [row["step"] for row in expected["training"]] == list(range(1, 31))
-    assert re.search(r"Going on from .*checkpoint-\d+\n", logs["again"].read_text())
+    assert re.search(r"Continuing from .*checkpoint-\d+\n", logs["again"].read_text())
     assert found == expected
     assert same(weights(folders["killed"], 30), weights(folders["whole"], 30))
     # And like one process that takes as many queries a step.

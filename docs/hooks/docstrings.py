@@ -1,7 +1,7 @@
-"""Docstrings as the site reads them: `Example:` is a section of code, `Returns:` and `Source:` are paragraphs.
+"""Prepares docstrings for the API reference: `Example:` becomes a section, `Returns:` and `Source:` paragraphs.
 
-In the source all are headings like `Args:`. The parser behind the API reference knows only the plural of the first,
-takes what stands before a colon in the second for a type, and the third for a box.
+In the source they are headings like `Args:`. The parser of the API reference knows only `Examples:`, reads the text
+before a colon under `Returns:` as a type, and would make a box of `Source:`.
 """
 
 import re
@@ -14,13 +14,13 @@ PARAGRAPH = re.compile(r"^( *)(Returns|Returns, Raises|Source):\n((?:\1 +\S.*\n?
 
 
 def paragraph(match):
-    """The section as a paragraph that begins with its name."""
+    """The section as a paragraph that starts with the section's name."""
     indent, name, text = match.groups()
     return textwrap.indent(f"**{name}:** {textwrap.dedent(text)}", indent)
 
 
 class Headings(griffe.Extension):
-    """Rewrites them before the docstring is parsed."""
+    """Rewrites each docstring before it is parsed."""
 
     def on_object(self, *, obj, **kwargs):
         """Called for every function, class and module that is loaded."""

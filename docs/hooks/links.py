@@ -1,7 +1,7 @@
-"""Links that leave docs/ lead somewhere on the site too: to the page that stands for the file, or to a copy of it.
+"""Makes links out of docs/ work on the site: to the page that replaces the file, or to a copy of the file.
 
-In the repository `[results](../benchmarks/results/x.json)` opens the file. The site has no such place, so the file
-comes along, under `files/`, and the link goes there. Nothing has to be known about where the repository is hosted.
+In the repository `[results](../benchmarks/results/x.json)` opens the file. The site copies the file to `files/` and
+links to the copy, so it does not need to know where the repository is hosted.
 """
 
 import re
@@ -15,7 +15,7 @@ LEAVES = re.compile(r"(?<=\]\()\.\./([^)\s#]+)")
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Rewrite the links of one page and add what they lead to."""
+    """Rewrite the links of one page and add the files that they lead to."""
     root = Path(config.docs_dir).parent
 
     def inside(match):
@@ -23,7 +23,7 @@ def on_page_markdown(markdown, page, config, files):
         if path in PAGES:
             return PAGES[path]
         if not (root / path).is_file():
-            return match[0]  # MkDocs itself says that it leads nowhere
+            return match[0]  # MkDocs itself reports the broken link
         target = f"files/{path}"
         if files.get_file_from_path(target) is None:
             files.append(File.generated(config, target, abs_src_path=str(root / path)))

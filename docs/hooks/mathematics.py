@@ -1,7 +1,7 @@
-"""LaTeX becomes MathML when the site is built: browsers draw it themselves, without a script.
+"""Converts LaTeX to MathML when the site is built, so that browsers show formulas without a script.
 
-Formulas are written as GitHub reads them: a ```` ```math ```` block, or $`...`$ within a line. A formula that cannot be
-read stops the build.
+Formulas are written for GitHub: a ```` ```math ```` block, or $`...`$ within a line. A formula that cannot be converted
+stops the build.
 """
 
 from markdown import Extension
@@ -12,7 +12,7 @@ MATHML = LatexToMathML()
 
 
 def block(source, language, css_class, options, md, **kwargs):
-    """A fence of pymdownx.superfences: one displayed equation, which scrolls by itself where it is too wide."""
+    """A fence of pymdownx.superfences: one displayed equation, which scrolls if it is too wide."""
     formula = MATHML.convert_with_local_state(source, displaystyle=True)
     return f'<div class="{css_class}" tabindex="0">{formula}</div>'
 
@@ -21,13 +21,13 @@ class Inline(InlineProcessor):
     """$`...`$ within a line."""
 
     def handleMatch(self, m, data):
-        """The formula as finished HTML, out of reach of the other patterns."""
+        """The formula as finished HTML, which the other patterns leave alone."""
         formula = MATHML.convert_with_local_state(m[1], displaystyle=False)
         return self.md.htmlStash.store(formula), m.start(0), m.end(0)
 
 
 class Mathematics(Extension):
-    """Registers the inline form, before code spans, which begin with the same backtick."""
+    """Registers the inline form with a higher priority than code spans, which also start with a backtick."""
 
     def extendMarkdown(self, md):
         """Called by Markdown."""
@@ -35,7 +35,7 @@ class Mathematics(Extension):
 
 
 def on_config(config):
-    """Called by MkDocs: both forms, for pages and docstrings alike."""
+    """Called by MkDocs: adds both forms, for pages and docstrings."""
     fences = config.mdx_configs.setdefault("pymdownx.superfences", {}).setdefault("custom_fences", [])
     fences.append({"name": "math", "class": "equation", "format": block})
     config.markdown_extensions.append(Mathematics())

@@ -1,8 +1,7 @@
-"""Code spans that name a place in the code, `losses.py::cacr_side` or `test_losses.py::test_by_hand`, lead to its line.
+"""Links code spans that name a place in the code, `losses.py::cacr` or `test_losses.py::test_by_hand`, to its line.
 
-Each file named so becomes a page with numbered lines, in neither navigation nor search. A test may be named without its
-file, if no other test is called so or the file was named before. Nothing has to be known about where the repository is
-hosted; there, the name is enough.
+Each file that is named becomes a page with numbered lines, which is neither in the navigation nor in the search. A test
+may be named without its file if its name is unique or if the file was named before.
 """
 
 import ast
@@ -20,7 +19,7 @@ FENCE = "`" * 6
 
 @functools.cache
 def lines(path):
-    """Where a file defines what: functions, classes, their methods and constants, by dotted name."""
+    """Line numbers of the functions, classes, methods and constants of a file, by dotted name."""
     found = {}
 
     def visit(body, prefix):
@@ -39,7 +38,7 @@ def lines(path):
 
 
 def places(markdown):
-    """Each span of a page that names a place: the match, the file's path from the root, and the line."""
+    """For each span of a page that names a place: the match, the file's path from the root, and the line."""
     tests = sorted(f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py"))
     last = ""
     for match in SPAN.finditer(markdown):
@@ -67,7 +66,7 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """The spans of one page as links."""
+    """Replace the spans of one page by links."""
     if page.file.src_uri.startswith("source/"):
         return markdown
     parts, end = [], 0

@@ -64,7 +64,7 @@ _TABLES = ("embed", "bias_table", "relative_attention_bias", "position", "token_
 
 
 def sharpen(model: nn.Module, gain: float = 1.5) -> nn.Module:
-    """Random weights that put the softmax well away from uniform; a fresh 0.02 initialisation hides errors."""
+    """Random weights that put the softmax well away from uniform; a fresh 0.02 initialization hides errors."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -19,17 +19,20 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 CONVENTIONS = {"RELEASED": RELEASED, "WEIGHTED_MEAN": WEIGHTED_MEAN, "PRINTED": PRINTED}
 HEAD = """# Families of models
 
-Written by `python -m tests.zoo.table` from real runs: a tiny model of each family with random weights, as its library
-builds it and with the attention kernel it runs by default. transformers {transformers}, timm {timm}, torch {torch}.
-How to use each kind is in [capture.md](capture.md).
+Written by `python -m tests.zoo.table` from real runs of a tiny model of each family: random weights, built by its
+library, with the attention kernel that it runs by default. transformers {transformers}, timm {timm}, torch {torch}.
+[capture.md](capture.md) shows how to use each kind.
 
-- **layer**: what was captured, of the last of two or three layers. *-1*: `capture_attention(model)` finds it.
-- **error**: worst difference of `.probs` to the model's own eager attention, over rows of real tokens.
-- **q, k**: `.query` and `.key` are offered, so the pooled form of the loss can be used; else `.scores` alone.
-- **direction**: in which `cacr_loss` makes sense. In a causal decoder an image token sees only the text before it: the
-  share of the block VL that the model allows is given where it is not all, and with a small share leave vision out.
-- **convention**: what makes sense. `PRINTED` takes raw scores as weights, so not where the softmax sees them shifted by
-  their row's maximum; `RELEASED` and `WEIGHTED_MEAN` do not change under such a shift, under causal masks either.
+- **layer**: the captured layer, among the last of two or three. *-1*: whether `capture_attention(model)` finds it.
+- **error**: largest difference between `.probs` and the model's own eager attention, over rows of real tokens.
+- **q, k**: whether `.query` and `.key` are available, so that the pooled form of the loss can be used; otherwise only
+  `.scores`.
+- **direction**: the directions in which `cacr_loss` makes sense. In a causal decoder an image token sees only the text
+  before it. Where the model allows only a part of the block VL, the share is given; if it is small, leave the vision
+  direction out.
+- **convention**: the conventions that make sense. `PRINTED` uses raw scores as weights, so it does not where the
+  softmax's input is shifted by the row's maximum. Such a shift does not change `RELEASED` and `WEIGHTED_MEAN`, under
+  causal masks either.
 
 | family | kind | layer | -1 | kernel | error | q, k | direction | convention | note |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
