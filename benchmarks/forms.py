@@ -124,7 +124,7 @@ def forms(plan: Plan, size: Size, name: str) -> dict[str, Callable[[], Tensor]]:
     """Forward and backward of every form of a loss, by its name in the results."""
     q, k, v = inputs(plan, size)
     dense = loss_from(name, size.n_text, "dense")
-    # Next to each other: where auto takes the dense form, neither may have a better neighbour.
+    # Next to each other: where auto takes the dense form, neither may have a better neighbor.
     made = {"dense": dense, "auto": loss_from(name, size.n_text, "auto")}
     if name in plan.compiled:
         made["compiled"] = torch.compile(dense, backend=plan.backend, fullgraph=True, dynamic=False)

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.forms import YARDSTICK
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; markers tell them apart in print.
+# Okabe and Ito's colors, told apart by color-blind readers too; markers tell them apart in print.
 STYLES = {
     "dense": ("#D55E00", "s", "dense"),
     "compiled": ("#E69F00", "D", "dense, compiled"),

@@ -272,7 +272,7 @@ def test_latest_is_the_newest_full_result(content, tmp_path):
     ("spoil", "message"),
     [
         (lambda r: r.pop("setting"), r"results\.setting: missing"),
-        (lambda r: r.update(colour="blue"), r"results\.colour: unknown"),
+        (lambda r: r.update(color="blue"), r"results\.color: unknown"),
         (lambda r: r.pop("growth"), r"results\.parts"),
         (lambda r: r["speed"][0]["forms"].pop("streaming"), r"speed\[0\]\.streaming: neither run"),
         (lambda r: r["speed"][0]["forms"]["dense"].pop("peak_bytes"), r"speed\[0\]\.forms\['dense'\]|peak_bytes"),

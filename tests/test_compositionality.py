@@ -35,7 +35,7 @@ def test_hand_value_of_a_caption():
         assert " ".join(words[1:]) == one.caption
 
 
-def test_regions_are_looks_with_noise_and_standardised_boxes():
+def test_regions_are_looks_with_noise_and_standardized_boxes():
     pairs, items = data.pairs(300, 5, "regions"), data.WORLD.items(300, 5)
     looks, boxes = pairs.images.split((data.APPEARANCE, 7), dim=-1)
     torch.testing.assert_close(boxes.mean(dim=(0, 1, 2)), torch.zeros(7), atol=1e-5, rtol=0)
@@ -45,7 +45,7 @@ def test_regions_are_looks_with_noise_and_standardised_boxes():
     same: dict[str, list[torch.Tensor]] = {}
     for item, look in zip(items, looks[:, 0], strict=True):
         for shape, feature in zip(item.scene.regions, look, strict=True):
-            same.setdefault(f"{shape.colour} {shape.kind}", []).append(feature)
+            same.setdefault(f"{shape.color} {shape.kind}", []).append(feature)
     assert len(same) == 9
     spread = torch.stack([torch.stack(features).std(dim=0).mean() for features in same.values()]).mean()
     assert spread == pytest.approx(data.NOISE, rel=0.05)
@@ -184,7 +184,7 @@ def test_smoke_results_cannot_mix_with_committed_ones(capsys):
 def test_the_committed_summary_is_that_of_the_committed_runs():
     content = json.loads((experiment.RESULTS / "summary.json").read_text())
     cost = json.loads((experiment.RESULTS / "cost.json").read_text())["results"]
-    made = summary.summarise(FULL, Runs(experiment.RESULTS / "runs.jsonl")) | {"cost": cost}
+    made = summary.summarize(FULL, Runs(experiment.RESULTS / "runs.jsonl")) | {"cost": cost}
     assert json.loads(json.dumps(made)) == content["results"]
 
 

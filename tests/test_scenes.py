@@ -6,10 +6,10 @@ from itertools import combinations
 import pytest
 from PIL import Image
 
-from benchmarks.compositionality.scenes import BACKGROUND, COLOURS, KINDS, RELATIONS, Item, Scene, Shape, World, render
+from benchmarks.compositionality.scenes import BACKGROUND, COLORS, KINDS, RELATIONS, Item, Scene, Shape, World, render
 
 VARIED = World(
-    colours=tuple(COLOURS),
+    colors=tuple(COLORS),
     kinds=KINDS,
     shapes=(2, 4),
     pictures=((96, 96), (144, 96), (96, 128), (61, 97)),
@@ -24,11 +24,9 @@ GREEN = Shape("green", "triangle", "large", (25, 70), 8)
 ITEM = Item(Scene(96, 96, (RED, BLUE, GREEN)), ("left of", "above"), sized=True)
 
 
-def centroid(image: Image.Image, colour: str) -> tuple[float, float]:
-    """Mean position of the pixels of one colour."""
-    where = [
-        (x, y) for x in range(image.width) for y in range(image.height) if image.getpixel((x, y)) == COLOURS[colour]
-    ]
+def centroid(image: Image.Image, color: str) -> tuple[float, float]:
+    """Mean position of the pixels of one color."""
+    where = [(x, y) for x in range(image.width) for y in range(image.height) if image.getpixel((x, y)) == COLORS[color]]
     return sum(x for x, _ in where) / len(where), sum(y for _, y in where) / len(where)
 
 
@@ -62,16 +60,16 @@ def test_shapes_touching_or_overlapping_along_an_axis_are_in_no_relation_along_i
 def test_pictures_show_the_shapes() -> None:
     image = render(ITEM.scene)
     assert (image.size, image.mode) == ((96, 96), "RGB")
-    assert [image.getpixel(shape.centre) for shape in (RED, BLUE, GREEN)] == [
-        COLOURS["red"],
-        COLOURS["blue"],
-        COLOURS["green"],
+    assert [image.getpixel(shape.center) for shape in (RED, BLUE, GREEN)] == [
+        COLORS["red"],
+        COLORS["blue"],
+        COLORS["green"],
     ]
     counts = Counter(image.getpixel((x, y)) for x in range(96) for y in range(96))
-    assert set(counts) == {BACKGROUND, COLOURS["red"], COLOURS["blue"], COLOURS["green"]}
-    assert counts[COLOURS["blue"]] == 11 * 11
-    assert counts[COLOURS["red"]] == pytest.approx(3.14159 * 8.5**2, rel=0.05)
-    assert counts[COLOURS["green"]] == pytest.approx(17 * 17 / 2, rel=0.1)
+    assert set(counts) == {BACKGROUND, COLORS["red"], COLORS["blue"], COLORS["green"]}
+    assert counts[COLORS["blue"]] == 11 * 11
+    assert counts[COLORS["red"]] == pytest.approx(3.14159 * 8.5**2, rel=0.05)
+    assert counts[COLORS["green"]] == pytest.approx(17 * 17 / 2, rel=0.1)
 
 
 def test_kinds_look_different() -> None:
@@ -79,7 +77,7 @@ def test_kinds_look_different() -> None:
     for kind in KINDS:
         image = render(Scene(40, 40, (Shape("red", kind, "large", (20, 20), 9),)))
         areas[kind] = bytes(image.tobytes())
-        assert image.getpixel((20, 20)) == COLOURS["red"]
+        assert image.getpixel((20, 20)) == COLORS["red"]
         outside = [(x, y) for x in range(40) for y in range(40) if not (11 <= x <= 29 and 11 <= y <= 29)]
         assert {image.getpixel(point) for point in outside} == {BACKGROUND}
     assert len(set(areas.values())) == len(KINDS)
@@ -88,16 +86,16 @@ def test_kinds_look_different() -> None:
 
 
 def check_caption_in_pixels(caption: str, item: Item) -> bool:
-    """Whether the pixels of an item's picture bear out the first clause of a caption. Words and colours only."""
+    """Whether the pixels of an item's picture bear out the first clause of a caption. Words and colors only."""
     words = caption.split(" and ")[0].replace("small ", "").replace("large ", "").split()
     first, second = words[1:3], words[-2:]
-    image, centres = item.image, {}
+    image, centers = item.image, {}
     for shape in item.scene.shapes:
         left, top, right, bottom = shape.box
         middle = (left + right) // 2, (top + bottom) // 2
-        assert image.getpixel(middle) == COLOURS[shape.colour]
-        centres[shape.colour, shape.kind] = middle
-    (x0, y0), (x1, y1) = centres[*first], centres[*second]
+        assert image.getpixel(middle) == COLORS[shape.color]
+        centers[shape.color, shape.kind] = middle
+    (x0, y0), (x1, y1) = centers[*first], centers[*second]
     return {"left": x0 < x1, "right": x0 > x1, "above": y0 < y1, "below": y0 > y1}[words[4]]
 
 
@@ -112,9 +110,9 @@ def test_captions_hold_in_the_pixels_and_not_in_the_swapped_picture() -> None:
         assert truth == [[True, False], [False, True]]
 
 
-def test_colours_are_where_the_caption_says() -> None:
-    """The same by the pixels alone, in scenes where a colour names a shape."""
-    items = World(colours=("red", "blue"), kinds=("circle",), shapes=(2, 2)).items(40, seed=3)
+def test_colors_are_where_the_caption_says() -> None:
+    """The same by the pixels alone, in scenes where a color names a shape."""
+    items = World(colors=("red", "blue"), kinds=("circle",), shapes=(2, 2)).items(40, seed=3)
     for item in items:
         words = item.caption.split()
         (x0, y0), (x1, y1) = centroid(item.image, words[1]), centroid(item.image, words[-2])
@@ -128,7 +126,7 @@ def test_a_swap_exchanges_words_and_nothing_else() -> None:
         assert swapped.swapped() == item
         assert sorted(swapped.caption.split()) == sorted(item.caption.split())
         assert swapped.caption != item.caption
-        assert {shape.centre for shape in swapped.scene.shapes} == {shape.centre for shape in item.scene.shapes}
+        assert {shape.center for shape in swapped.scene.shapes} == {shape.center for shape in item.scene.shapes}
 
 
 def test_shapes_do_not_overlap_and_stay_inside_before_and_after_the_swap() -> None:
@@ -147,7 +145,7 @@ def test_shapes_do_not_overlap_and_stay_inside_before_and_after_the_swap() -> No
 
 def test_no_caption_is_ambiguous() -> None:
     for item in ITEMS:
-        looks = [(shape.colour, shape.kind) for shape in item.scene.shapes]
+        looks = [(shape.color, shape.kind) for shape in item.scene.shapes]
         assert len(set(looks)) == len(looks)
 
 
@@ -188,7 +186,7 @@ def test_worlds_offer_what_they_are_asked_for() -> None:
     assert {len(item.caption.split()) for item in ITEMS} >= {8, 9, 10, 11, 14, 15, 17, 18}
     plain = World().items(200, seed=0)
     assert {len(item.caption.split()) for item in plain} == {8, 9}
-    assert {shape.colour for item in plain for shape in item.scene.shapes} == {"red", "green", "blue"}
+    assert {shape.color for item in plain for shape in item.scene.shapes} == {"red", "green", "blue"}
     assert {shape.kind for item in plain for shape in item.scene.shapes} == {"circle", "square", "triangle"}
     assert {len(item.scene.shapes) for item in plain} == {3}
     one_way = World(relations=("above",), clauses=1.0).items(100, seed=0)
@@ -203,5 +201,5 @@ def test_rejects_impossible_numbers_of_shapes(shapes: tuple[int, int]) -> None:
 
 
 def test_rejects_too_few_looks() -> None:
-    with pytest.raises(ValueError, match=r"5 shapes that all look different need 5 pairs of colour and kind, not 4"):
-        World(colours=("red", "blue"), kinds=("circle", "square"), shapes=(2, 5))
+    with pytest.raises(ValueError, match=r"5 shapes that all look different need 5 pairs of color and kind, not 4"):
+        World(colors=("red", "blue"), kinds=("circle", "square"), shapes=(2, 5))

@@ -148,7 +148,7 @@ def test_equal_maps(dtype, device):
 
 
 def test_a_constant_of_a_row_cancels(device):
-    """Equal maps still, of logits 1000 apart: mu and nu are 1000 each, were they not centred."""
+    """Equal maps still, of logits 1000 apart: mu and nu are 1000 each, were they not centered."""
     (_, _, C, D), lengths = problem(70, 40, (70, 51))
     C[..., -1], D[..., -1] = 0, 1
     A = C.clone()

@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.compositionality import cost, plot
 from benchmarks.compositionality.grid import FULL, SMOKE, Runs
-from benchmarks.compositionality.summary import summarise
+from benchmarks.compositionality.summary import summarize
 from benchmarks.compositionality.tables import fill
 from benchmarks.record import environment
 
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     prices = given.out / "cost.json"
     if not prices.exists():
         _write(prices, cost.measure(plan, given.device, 20 if given.smoke else cost.ROUNDS))
-    content = _write(given.out / "summary.json", summarise(plan, runs) | {"cost": _read(prices)["results"]})
+    content = _write(given.out / "summary.json", summarize(plan, runs) | {"cost": _read(prices)["results"]})
     plot.draw(content["results"], given.out)
     if given.out == RESULTS:
         PAGE.write_text(fill(PAGE.read_text(), content))

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.compositionality.scenes import COLOURS, KINDS, RELATIONS, Item, Scene, World
+from benchmarks.compositionality.scenes import COLORS, KINDS, RELATIONS, Item, Scene, World
 
 View = Literal["regions", "patches"]
 
-WORLD = World()  # 3 colours, 3 kinds, 4 relations, 3 shapes in 96 x 96 pixels
-WORDS = ("[CLS]", "the", "is", *COLOURS, *KINDS, *RELATIONS)  # a relation is one word, so all captions are as long
+WORLD = World()  # 3 colors, 3 kinds, 4 relations, 3 shapes in 96 x 96 pixels
+WORDS = ("[CLS]", "the", "is", *COLORS, *KINDS, *RELATIONS)  # a relation is one word, so all captions are as long
 CAPTION = 9  # [CLS] the red circle is left-of the blue square
 APPEARANCE = 16  # width of the feature that a detector would give for how a region looks
 NOISE = 0.3  # its standard deviation; the feature itself has entries of standard deviation 1
@@ -66,11 +66,11 @@ def _ids(caption: str) -> list[int]:
 
 
 def _regions(scenes: list[list[Scene]], seed: int) -> Tensor:
-    """How each shape looks, with noise, and its box as UNITER gives it: corners, width, height, area; standardised."""
+    """How each shape looks, with noise, and its box as UNITER gives it: corners, width, height, area; standardized."""
     generator = torch.Generator().manual_seed(seed)
-    looks = [f"{colour} {kind}" for colour in COLOURS for kind in KINDS]
+    looks = [f"{color} {kind}" for color in COLORS for kind in KINDS]
     prototypes = torch.randn(len(looks), APPEARANCE, generator=torch.Generator().manual_seed(0))  # one detector for all
-    which = torch.tensor([[[looks.index(f"{s.colour} {s.kind}") for s in x.regions] for x in pair] for pair in scenes])
+    which = torch.tensor([[[looks.index(f"{s.color} {s.kind}") for s in x.regions] for x in pair] for pair in scenes])
     look = prototypes[which] + NOISE * torch.randn(*which.shape, APPEARANCE, generator=generator)
     corners = torch.tensor([[x.boxes for x in pair] for pair in scenes]) / WORLD.pictures[0][0]
     size = corners[..., 2:] - corners[..., :2]

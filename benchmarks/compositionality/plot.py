@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from benchmarks.compositionality.tables import NAMES
 from benchmarks.compositionality.train import METHODS
 
-# Okabe and Ito's colours, told apart by colour-blind readers too.
-COLOURS = dict(zip(METHODS, ("#555555", "#009E73", "#D55E00", "#CC79A7", "#0072B2"), strict=True))
+# Okabe and Ito's colors, told apart by color-blind readers too.
+COLORS = dict(zip(METHODS, ("#555555", "#009E73", "#D55E00", "#CC79A7", "#0072B2"), strict=True))
 TITLES = {"regions": "regions (UNITER-style)", "patches": "patches (ViLT-style)"}
 CHANCE = 16.67
 
@@ -31,7 +31,7 @@ def draw(results: dict[str, Any], folder: Path) -> None:
             axes.grid(axis="y", color="#dddddd", linewidth=0.8)
             axes.set_axisbelow(True)
             axes.spines[["top", "right"]].set_visible(False)
-        figure.axes[0].set_ylabel("group score, per cent (dotted: chance)")
+        figure.axes[0].set_ylabel("group score, percent (dotted: chance)")
         if name == "curves":
             handles, labels = figure.axes[0].get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside lower center", ncols=len(METHODS), frameon=False)
@@ -44,17 +44,17 @@ def _scores(axes: Axes, view: dict[str, Any]) -> None:
     for place, method in enumerate(METHODS):
         groups, one = view[method]["groups"], view[method]["group"]
         at = [place - 0.12 + 0.24 * rng.random() for _ in groups]
-        axes.plot(at, groups, "o", color=COLOURS[method], alpha=0.55, markersize=5, markeredgewidth=0)
+        axes.plot(at, groups, "o", color=COLORS[method], alpha=0.55, markersize=5, markeredgewidth=0)
         if one["low"] is not None:
             error = [[one["mean"] - one["low"]], [one["high"] - one["mean"]]]
-            axes.errorbar(place + 0.28, one["mean"], error, fmt="_", color=COLOURS[method], capsize=4, markersize=12)
+            axes.errorbar(place + 0.28, one["mean"], error, fmt="_", color=COLORS[method], capsize=4, markersize=12)
     axes.set_xticks(range(len(METHODS)), [_name(method).replace(" ", "\n") for method in METHODS], fontsize=8.5)
 
 
 def _curves(axes: Axes, view: dict[str, Any]) -> None:
     """Mean over seeds on the validation set, with its 95% interval."""
     for method in METHODS:
-        curve, color = view[method]["curve"], COLOURS[method]
+        curve, color = view[method]["curve"], COLORS[method]
         steps = [point["step"] for point in curve]
         axes.plot(steps, [point["mean"] for point in curve], color=color, linewidth=1.8, label=_name(method))
         if curve[0]["low"] is not None:

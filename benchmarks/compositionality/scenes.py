@@ -1,4 +1,4 @@
-"""Scenes of coloured shapes, and captions with a relation that is true in the picture.
+"""Scenes of colored shapes, and captions with a relation that is true in the picture.
 
     the red circle is left of the blue square          Item.caption
     the blue square is left of the red circle          Item.swapped().caption
@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels, all four inside the shape
 
-COLOURS = {"red": (214, 39, 40), "green": (44, 140, 44), "blue": (31, 80, 200), "yellow": (240, 200, 30)}
+COLORS = {"red": (214, 39, 40), "green": (44, 140, 44), "blue": (31, 80, 200), "yellow": (240, 200, 30)}
 KINDS = ("circle", "square", "triangle", "diamond")
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -24,18 +24,18 @@ BACKGROUND = (245, 245, 245)
 
 @dataclass(frozen=True)
 class Shape:
-    """One object: `large red circle`, and where its centre is."""
+    """One object: `large red circle`, and where its center is."""
 
-    colour: str
+    color: str
     kind: str
     size: str
-    centre: tuple[int, int]
+    center: tuple[int, int]
     radius: int
 
     @property
     def box(self) -> Box:
         """The smallest box around the shape."""
-        (x, y), r = self.centre, self.radius
+        (x, y), r = self.center, self.radius
         return x - r, y - r, x + r, y + r
 
     def is_(self, relation: str, other: "Shape") -> bool:
@@ -57,7 +57,7 @@ class Scene:
     @property
     def regions(self) -> tuple[Shape, ...]:
         """The shapes in reading order, for region features: the order of `shapes` would give the roles away."""
-        return tuple(sorted(self.shapes, key=lambda shape: shape.centre[::-1]))
+        return tuple(sorted(self.shapes, key=lambda shape: shape.center[::-1]))
 
     @property
     def boxes(self) -> tuple[Box, ...]:
@@ -68,7 +68,7 @@ class Scene:
         """The scene in which the first two shapes have changed places, and with them their roles."""
         first, second, *others = self.shapes
         return replace(
-            self, shapes=(replace(second, centre=first.centre), replace(first, centre=second.centre), *others)
+            self, shapes=(replace(second, center=first.center), replace(first, center=second.center), *others)
         )
 
 
@@ -106,7 +106,7 @@ class Item:
         )
 
     def _name(self, shape: Shape) -> str:
-        return f"{shape.size} {shape.colour} {shape.kind}" if self.sized else f"{shape.colour} {shape.kind}"
+        return f"{shape.size} {shape.color} {shape.kind}" if self.sized else f"{shape.color} {shape.kind}"
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,8 @@ class World:
     """What scenes may look like. `World().items(100, seed=0)` draws a hundred of them.
 
     Attributes:
-        colours: Names from `COLOURS`.
-        kinds: Names from `KINDS`. No two shapes of a scene agree in colour and kind.
+        colors: Names from `COLORS`.
+        kinds: Names from `KINDS`. No two shapes of a scene agree in color and kind.
         relations: Names from `RELATIONS`.
         shapes: Least and greatest number of shapes in a scene, 2 to 9.
         pictures: Widths and heights that pictures may have.
@@ -123,7 +123,7 @@ class World:
         clauses: Share of captions that say a second thing about the first shape, where a third shape is there.
     """
 
-    colours: Sequence[str] = ("red", "green", "blue")
+    colors: Sequence[str] = ("red", "green", "blue")
     kinds: Sequence[str] = ("circle", "square", "triangle")
     relations: Sequence[str] = RELATIONS
     shapes: tuple[int, int] = (3, 3)
@@ -137,9 +137,9 @@ class World:
             raise ValueError(
                 f"shapes must be 2 <= least <= greatest <= 9 (a picture has nine cells), not {self.shapes}."
             )
-        if (looks := len(self.colours) * len(self.kinds)) < greatest:
+        if (looks := len(self.colors) * len(self.kinds)) < greatest:
             raise ValueError(
-                f"{greatest} shapes that all look different need {greatest} pairs of colour and kind, not {looks}."
+                f"{greatest} shapes that all look different need {greatest} pairs of color and kind, not {looks}."
             )
 
     def items(self, n: int, seed: int) -> list[Item]:
@@ -149,7 +149,7 @@ class World:
 
     def _item(self, rng: random.Random) -> Item:
         (width, height), relation = rng.choice(self.pictures), rng.choice(self.relations)
-        looks = rng.sample([(c, k) for c in self.colours for k in self.kinds], rng.randint(*self.shapes))
+        looks = rng.sample([(c, k) for c in self.colors for k in self.kinds], rng.randint(*self.shapes))
         while True:  # two cells of nine are apart along a given axis, in a given order, one time in three
             cells = rng.sample([(x, y) for x in range(3) for y in range(3)], len(looks))
             shapes = tuple(_place(rng, look, cell, width, height) for look, cell in zip(looks, cells, strict=True))
@@ -177,11 +177,11 @@ def _place(rng: random.Random, look: tuple[str, str], cell: tuple[int, int], wid
 
 
 def render(scene: Scene) -> Image.Image:
-    """The picture: flat colours, no smoothing, so a pixel is either a shape's colour or the background."""
+    """The picture: flat colors, no smoothing, so a pixel is either a shape's color or the background."""
     image = Image.new("RGB", (scene.width, scene.height), BACKGROUND)
     draw = ImageDraw.Draw(image)
     for shape in scene.shapes:
-        (left, top, right, bottom), (x, y), fill = shape.box, shape.centre, COLOURS[shape.colour]
+        (left, top, right, bottom), (x, y), fill = shape.box, shape.center, COLORS[shape.color]
         if shape.kind == "circle":
             draw.ellipse(shape.box, fill=fill)
         elif shape.kind == "square":

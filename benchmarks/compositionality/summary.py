@@ -16,12 +16,12 @@ from scipy import stats
 from benchmarks.compositionality.grid import LOSSES, Plan, Runs
 from benchmarks.compositionality.train import METHODS, Setting
 
-HALF = 50.0  # per cent of validation items right, on all four counts
+HALF = 50.0  # percent of validation items right, on all four counts
 SCORES = ("text", "image", "group")
 Result = dict[str, Any]
 
 
-def summarise(plan: Plan, runs: Runs) -> dict[str, Any]:
+def summarize(plan: Plan, runs: Runs) -> dict[str, Any]:
     """Everything that the tables and the plots show."""
     return {
         "seeds": {"sweep": len(plan.sweep_seeds), "tuning": len(plan.tuning_seeds)},

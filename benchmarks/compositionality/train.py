@@ -167,7 +167,7 @@ def tokens(data: Pairs, batch: int) -> TokenLayout:
 
 @torch.no_grad()
 def winoground(model: Matcher, data: Pairs) -> tuple[float, float, float]:
-    """Text, image and group score, in per cent."""
+    """Text, image and group score, in percent."""
     n = len(data)
     captions = data.captions[:, :, None].expand(-1, -1, 2, -1).reshape(4 * n, -1)
     images = data.images[:, None].expand(-1, 2, -1, -1, -1).reshape(4 * n, *data.images.shape[2:])
