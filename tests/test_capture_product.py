@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from attncongruence.capture import CapturedAttention, capture_attention
-from attncongruence.capture.product import Trail
-from attncongruence.capture.seen import FLOOR, Seen
+from attncongruence.capture.product import FLOOR, Operation
+from attncongruence.capture.trace import Trail
 
 B, H, N, D = 2, 3, 5, 4
 MASK = torch.zeros(B, 1, 1, N).masked_fill(torch.arange(N) == 4, -1e4)
@@ -148,19 +148,19 @@ def test_scores_written_to_behind_our_back_lose_their_q_and_k():
 
 def test_hand_values():
     q, k = torch.tensor([[[[1.0], [2.0]]]]), torch.tensor([[[[3.0], [4.0]]]])
-    record = CapturedAttention("attention", Seen(query=q, key=k, scale=0.5, causal=True))
+    record = CapturedAttention("attention", Operation(query=q, key=k, scale=0.5, causal=True))
     assert record.scores.tolist() == [[[[1.5, -math.inf], [3.0, 4.0]]]]
     assert record.allowed.tolist() == [[[[True, False], [True, True]]]]
     assert record.probs[0, 0, 0].tolist() == [1.0, 0.0]
     assert record.probs[0, 0, 1].tolist() == pytest.approx([1 / (1 + math.e), math.e / (1 + math.e)])
-    assert CapturedAttention("attention", Seen(query=q, key=k)).allowed is None
+    assert CapturedAttention("attention", Operation(query=q, key=k)).allowed is None
 
 
 @pytest.mark.parametrize("low", [-math.inf, torch.finfo(torch.float32).min, -1e9, -1e4, -9984.0])
 def test_every_usual_mask_value_hides_and_an_ordinary_bias_does_not(low):
     q = torch.ones(1, 1, 2, 1)
     mask = torch.tensor([[low, 0.0], [-100.0, FLOOR + 1]])
-    record = CapturedAttention("attention", Seen(query=q, key=q, masks=((mask, 1.0),)))
+    record = CapturedAttention("attention", Operation(query=q, key=q, masks=((mask, 1.0),)))
     assert record.allowed.tolist() == [[[[False, True], [True, True]]]]
     assert record.scores.tolist() == [[[[-math.inf, 1.0], [-99.0, FLOOR + 2]]]]
     assert record.query is None  # -100 is a bias
@@ -169,7 +169,7 @@ def test_every_usual_mask_value_hides_and_an_ordinary_bias_does_not(low):
 def test_rows_without_any_allowed_key_have_no_probability_and_no_nan():
     q = torch.ones(1, 1, 2, 1, requires_grad=True)
     mask = torch.tensor([[False, False], [True, True]])
-    record = CapturedAttention("attention", Seen(query=q, key=q, masks=((mask, 1.0),)))
+    record = CapturedAttention("attention", Operation(query=q, key=q, masks=((mask, 1.0),)))
     assert record.probs.tolist() == [[[[0.0, 0.0], [0.5, 0.5]]]]
     (gradient,) = torch.autograd.grad(record.probs.square().sum(), q)
     assert torch.isfinite(gradient).all()
@@ -177,7 +177,7 @@ def test_rows_without_any_allowed_key_have_no_probability_and_no_nan():
 
 def test_grouped_queries_repeat_their_keys():
     q, k = torch.randn(1, 4, 3, 2), torch.randn(1, 2, 3, 2)
-    record = CapturedAttention("attention", Seen(query=q, key=k))
+    record = CapturedAttention("attention", Operation(query=q, key=k))
     assert torch.equal(record.key[0, 1], k[0, 0])
     assert torch.equal(record.key[0, 2], k[0, 1])
     torch.testing.assert_close(record.scores[0, 3], q[0, 3] @ k[0, 1].T)
@@ -197,7 +197,7 @@ def test_samples_are_picked_from_everything(name, samples):
 
 def test_one_mask_for_all_samples_stays_one():
     q = torch.randn(3, 1, 2, 2)
-    record = CapturedAttention("attention", Seen(query=q, key=q, masks=((torch.ones(2, 2).tril().bool(), 1.0),)))
+    record = CapturedAttention("attention", Operation(query=q, key=q, masks=((torch.ones(2, 2).tril().bool(), 1.0),)))
     assert record[[0, 2]].allowed.shape == (1, 1, 2, 2)
     torch.testing.assert_close(record[[0, 2]].scores, record.scores[[0, 2]])
 
@@ -215,4 +215,4 @@ def test_a_freed_tensors_id_tells_nothing_of_the_next():
     trail._made[id(hidden)] = trail._made[id(probs)]
     del probs
     trail.follow("dropout", (hidden,), {}, hidden)
-    assert trail._known(hidden, hidden._version) is None
+    assert trail._known(hidden) is None

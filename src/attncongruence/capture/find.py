@@ -7,14 +7,23 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from attncongruence import _compat
-from attncongruence.capture.hooks import eager_pass_hooks, nothing, uncompiled_hook
-from attncongruence.capture.mode import AttentionMode, push_mode, remove_mode
-from attncongruence.capture.seen import Seen
-from attncongruence.capture.streams import Streams
-from attncongruence.capture.watch import gradients_off, on_torch_fast_path, recomputing, refuse_replica, show_kernel
+from attncongruence.capture import messages
+from attncongruence.capture.kernels import do_nothing, show_kernel
+from attncongruence.capture.product import Operation
+from attncongruence.capture.trace import AttentionMode, Lineage, push_mode, remove_mode
+from attncongruence.capture.watch import (
+    eager_pass_hooks,
+    forward_raised,
+    hook_module,
+    on_torch_fast_path,
+    refuse_replica,
+    uncompiled_hook,
+    unhook,
+)
 
 _WRAPPERS = re.compile(rf"(?:^|\.)(?:{'|'.join(_compat.WRAPPERS)})(?=\.|$)")
 
@@ -22,8 +31,8 @@ _WRAPPERS = re.compile(rf"(?:^|\.)(?:{'|'.join(_compat.WRAPPERS)})(?=\.|$)")
 def find_attention(model: nn.Module) -> dict[str, str]:
     """Modules that look like attention, by dotted name: candidates for `capture_attention(model, layers=name)`.
 
-    Only names and classes are looked at, nothing runs; what really attends is known after a forward pass. Wrappers
-    around another candidate are left out.
+    Only names and classes are looked at, nothing runs; which modules really attend is known after a forward pass.
+    Wrappers around another candidate are left out.
 
     Args:
         model: any `nn.Module`.
@@ -43,22 +52,8 @@ def find_attention(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _alias(model: nn.Module, name: str) -> nn.Module | None:
-    """The module by another of its names, where one module is shared."""
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
-
-
-def some_candidates(model: nn.Module) -> str:
-    """The last of `find_attention`, for an error message."""
-    names = [name or "the model itself" for name in find_attention(model)]
-    return ", ".join(names[-6:]) or "none, by their class names"
-
-
 def _looks_like_attention(module: nn.Module) -> bool:
-    if not any(True for _ in module.parameters()):
+    if not _has_parameters(module):
         return False
     children = [name for name, _ in module.named_children()]
     if "qkv" in children or all(any(name.startswith(letter) for name in children) for letter in "qkv"):
@@ -66,6 +61,10 @@ def _looks_like_attention(module: nn.Module) -> bool:
     words = type(module).__name__.lower()
     # Parts of an attention attend to nothing.
     return ("attention" in words or "attn" in words) and not words.endswith(("output", "norm", "pooling", "mlp"))
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -82,39 +81,44 @@ def select_modules(model: nn.Module, layers: Iterable[str | nn.Module]) -> dict[
     named = named_modules(model)
     chosen: set[str] = set()
     for layer in layers:
+        names = []
         if isinstance(layer, str):
             names = [layer] if layer in named else [name for name in named if fnmatch.fnmatchcase(name, layer)]
-            names = names or [first for first, module in named.items() if module is _alias(model, layer)]
-            wanted = f"no module is called {layer!r}"
-        else:
-            names = [name for name, module in named.items() if module is layer]
-            wanted = f"the given {type(layer).__name__} is not a module of this {type(model).__name__}"
         if not names:
-            raise ValueError(
-                f"{wanted}. Modules that look like attention: {some_candidates(model)} (see find_attention)"
-            )
+            names = [name for name, module in named.items() if module is _module(model, layer)]
+        if not names:
+            raise ValueError(messages.no_such_layer(model, layer, find_attention(model)))
         chosen.update(names)
     return {name: module for name, module in named.items() if name in chosen}
 
 
-Log = list[tuple[str, Seen]]
+def _module(model: nn.Module, layer: str | nn.Module) -> nn.Module | None:
+    """A module, or the module of this name: where one module is shared, it has several."""
+    try:
+        return model.get_submodule(layer) if isinstance(layer, str) else layer
+    except AttributeError:
+        return None
+
+
+Log = list[tuple[str, Operation]]
+"""Attention operations in order of execution, each with the name of its module."""
 
 
 class Finder:
-    """Watches whole forward passes; `done(log, whole)` gets what attended, in order: `(module name, operation)`.
+    """Watches whole forward passes; `on_pass_end(log, whole)` gets the attention operations of each.
 
-    The name is that of the innermost module with parameters, so that a `nn.Softmax` or `nn.Dropout` called on the way
-    does not stand for the attention it is part of. A pass is an outermost call of any module: `whole` says that it was
-    the model's own forward, and not that of a part which someone called directly.
+    The name in the log is that of the innermost module with parameters, so that a `nn.Softmax` or `nn.Dropout` called
+    on the way does not stand for the attention it is part of. A pass is an outermost call of any module: `whole` says
+    whether it was the model's own forward, and not that of a part which someone called directly.
     """
 
-    def __init__(self, model: nn.Module, analysis: bool, done: Callable[[Log, bool], None]) -> None:
-        self.analysis, self.done = analysis, done
-        self._local = threading.local()
+    def __init__(self, model: nn.Module, analysis: bool, on_pass_end: Callable[[Log, bool], None]) -> None:
+        self.analysis, self.on_pass_end = analysis, on_pass_end
+        self._thread = _ThisThread()
         self._handles: list[Any] = []
         self._candidates = set(find_attention(model))
         for name, module in named_modules(model).items():
-            if module is model or any(True for _ in module.parameters()):
+            if module is model or _has_parameters(module):
                 self._attach(name, module)
 
     def _attach(self, name: str, module: nn.Module) -> None:
@@ -128,56 +132,53 @@ class Finder:
 
         # Under torch.compile this one pass runs eagerly: layers are not known yet, and hooks on all would be traced.
         before, after = (uncompiled_hook(),) * 2 if name else eager_pass_hooks()
-        self._handles.append(module.register_forward_pre_hook(before(enter), with_kwargs=True))
-        self._handles.append(module.register_forward_hook(after(leave), always_call=True, prepend=True))
+        self._handles += hook_module(module, before(enter), after(leave))
 
     def _enter(self, name: str, module: nn.Module, *, unwatched: bool) -> None:
-        now: _Pass | None = getattr(self._local, "now", None)
-        if now is not None and not name:
-            now.stop()  # an interrupt skipped the end of the last pass
-            now = None
-        if now is None:
-            if recomputing() or (gradients_off() and not self.analysis):
+        thread = self._thread
+        if thread.running is not None and not name:
+            thread.running.stop()  # an interrupt skipped the end of the last pass
+            thread.running = None
+        if thread.running is None:
+            if _compat.in_backward() or not (self.analysis or torch.is_grad_enabled()):
                 return
-            now = self._local.now = _Pass()
-        now.enter(name, show_kernel(module) if name in self._candidates else nothing, unwatched)
+            thread.running = _RunningPass()
+        thread.running.enter(name, show_kernel(module) if name in self._candidates else do_nothing, unwatched)
 
     def _leave(self, name: str, result: object) -> None:
-        now: _Pass | None = getattr(self._local, "now", None)
-        if now is None:
+        running = self._thread.running
+        if running is None:
             return
-        now.leave()
-        if not now.path:
-            self._local.now = None
-            log = now.stop()
-            if not (result is None and sys.exc_info()[1] is not now.error):
-                self.done(log, not name)
+        running.leave()
+        if not running.path:
+            self._thread.running = None
+            log = running.stop()
+            if not forward_raised(result, running.error_before):
+                self.on_pass_end(log, not name)
 
     def close(self) -> None:
         """Takes all hooks off, and the mode of a pass that was cut short."""
-        while self._handles:
-            self._handles.pop().remove()
-        now: _Pass | None = getattr(self._local, "now", None)
-        if now is not None:
-            self._local.now = None
-            now.stop()
+        unhook(self._handles)
+        running, self._thread.running = self._thread.running, None
+        if running is not None:
+            running.stop()
 
 
-class _Pass:
-    """One forward pass of one thread: the path to the module that runs, and what attended."""
+class _RunningPass:
+    """One forward pass: the path to the module that runs, and what attended so far."""
 
     def __init__(self) -> None:
         self.path: list[str] = []
-        self.error = sys.exc_info()[1]
+        self.error_before = sys.exc_info()[1]
         self._log: Log = []
-        self._undo: list[Callable[[], None]] = []
+        self._restore_kernels: list[Callable[[], None]] = []
         self._unwatched = 0  # depth at which watching stopped
-        self._mode = AttentionMode(self._see, Streams())
+        self._mode = AttentionMode(self._note, Lineage())
         push_mode(self._mode)
 
-    def enter(self, name: str, undo: Callable[[], None], unwatched: bool) -> None:
+    def enter(self, name: str, restore_kernel: Callable[[], None], unwatched: bool) -> None:
         self.path.append(name)
-        self._undo.append(undo)
+        self._restore_kernels.append(restore_kernel)
         if unwatched and not self._unwatched:
             self._unwatched = len(self.path)
             remove_mode(self._mode)
@@ -187,30 +188,34 @@ class _Pass:
             self._unwatched = 0
             push_mode(self._mode)
         self.path.pop()
-        self._undo.pop()()
+        self._restore_kernels.pop()()
 
-    def _see(self, seen: Seen) -> None:
-        if seen.from_product:
-            self._log.append((self.path[-1], seen))
+    def _note(self, operation: Operation) -> None:
+        if operation.from_product:
+            self._log.append((self.path[-1], operation))
 
     def stop(self) -> Log:
         remove_mode(self._mode)
-        while self._undo:
-            self._undo.pop()()
-        return [(name, seen.with_fold(self._mode.trail.fold_of)) for name, seen in self._log]
+        while self._restore_kernels:
+            self._restore_kernels.pop()()
+        return [(name, operation.four_d(self._mode.trail.fold_of)) for name, operation in self._log]
 
 
-def self_attention(log: Log) -> list[tuple[str, int, Seen]]:
+class _ThisThread(threading.local):
+    running: _RunningPass | None = None
+
+
+def self_attention(log: Log) -> list[tuple[str, int, Operation]]:
     """The entries where a sequence attends to itself: module, how many of its operations came before, operation."""
     count: dict[str, int] = {}
     found = []
-    for name, seen in log:
+    for name, operation in log:
         number = count[name] = count.get(name, -1) + 1
-        if not crosses(seen):
-            found.append((name, number, seen))
+        if not crosses(operation):
+            found.append((name, number, operation))
     return found
 
 
-def crosses(seen: Seen) -> bool:
+def crosses(operation: Operation) -> bool:
     """Whether queries and keys come from two sequences."""
-    return seen.cross or seen.lengths[0] != seen.lengths[1]
+    return operation.cross or operation.lengths[0] != operation.lengths[1]

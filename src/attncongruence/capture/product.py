@@ -1,147 +1,139 @@
-"""From a softmax back to the product that fed it: which q and k made these scores.
+"""One attention operation, read off the torch functions that a model calls.
 
-A model that calls `matmul` and `softmax` itself never shows its queries and keys to the softmax. They are found by
-following the scores forwards instead: every product of two batched tensors starts a trail, scaling it, adding a mask to
-it or filling it keeps the trail, and anything else (a soft cap, a shift by the row's maximum) keeps only the knowledge
-that the tensor came from a product. A trail is never computed with; only `record.py` does, after the forward pass.
+`scaled_dot_product_attention` names its queries and keys. A model that calls `matmul` and `softmax` itself does not:
+there, each product of two batched tensors may be `query @ key.T`, and each later function on its result either keeps
+that known (a scale, a mask) or makes it unknown (a soft cap, a shift by the row's maximum). `trace.py` decides which
+tensors to ask about; here nothing is remembered and nothing is computed.
 """
 
 import dataclasses
-import weakref
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attncongruence import _compat
-from attncongruence.capture.seen import FLOOR, Seen
-from attncongruence.capture.streams import Streams, tensors_in
+# An added number this low hides a pair: -inf, finfo.min, -1e9 and -1e4 (-9984 in bfloat16) are all in use, and no score
+# outweighs 5000. A position bias is never this low. Swin's -100 between shifted windows is a bias by this rule.
+FLOOR = -5000.0
 
-_PRODUCTS = {"matmul", "rmatmul", "bmm", "baddbmm", "einsum"}
+PRODUCTS = {"matmul", "rmatmul", "bmm", "baddbmm", "einsum"}
+RESHAPES = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"}
+_COPIES = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "alias"}
 _TIMES = {"mul", "rmul", "imul", "multiply"}
-_OVER = {"div", "truediv", "itruediv", "idiv", "divide", "true_divide"}
+_DIVIDE = {"div", "truediv", "itruediv", "idiv", "divide", "true_divide"}
 _PLUS = {"add", "radd", "iadd"}
 _MINUS = {"sub", "isub", "subtract"}
 _FILL = {"masked_fill", "where"}
 _FACTORS = ("input", "batch1", "batch2", "mat2", "tensor2", "other")
 _OPERANDS = {"other", "mask", "value"}
-_SAME = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "alias"}
-_FOLD = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"}
 
 
-class Trail:
-    """Remembers, for one forward pass, how each score-like tensor was made."""
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One attention operation as it was called: `softmax(scale * query @ key.T + sum(masks))`, nothing computed.
 
-    def __init__(self, streams: Streams | None = None) -> None:
-        self.streams = streams
-        # Weak, so that the model's intermediate scores are freed as early as they are without us. The version tells a
-        # tensor that was written to behind our back (`scores[..., 0] = 0`) from the one that was remembered.
-        self._made: dict[int, tuple[weakref.ref[Tensor], float, Seen]] = {}
-        self._folds: dict[int, tuple[int, int]] = {}
+    Args:
+        query: `(..., length, width)`, or None where only `logits` are known.
+        key: `(..., keys, width)`; fewer heads than `query` when queries are grouped.
+        scale: factor of the product.
+        masks: pairs `(mask, factor)`: a boolean mask is True at allowed pairs (factor 1) or at hidden pairs (-1), any
+            other mask is added `factor` times.
+        causal: query `i` sees keys `0..i`.
+        logits: the tensor given to `softmax`, where the model calls it by itself.
+        from_product: False for a softmax over something that is no product of two batched tensors.
+        cross: queries and keys are known to come from two sequences.
+    """
 
-    def follow(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object) -> None:
-        """Takes note of one torch function after it ran; `name` is its name without underscores."""
-        if self.streams is not None:
-            self.streams.follow(args, kwargs, result)
-        if not isinstance(result, Tensor) or result.ndim < 3:
-            return
-        if name in _FOLD and args and isinstance(args[0], Tensor):
-            self._note_fold(args[0], result)
-        seen = self._product(name, args, kwargs) if name in _PRODUCTS else self._derived(name, args, kwargs, result)
-        if seen is not None:
-            self._made[id(result)] = (weakref.ref(result), _compat.version(result), seen)
+    query: Tensor | None = None
+    key: Tensor | None = None
+    scale: float = 1.0
+    masks: tuple[tuple[Tensor, float], ...] = ()
+    causal: bool = False
+    logits: Tensor | None = None
+    from_product: bool = True
+    cross: bool = False
 
-    def at_softmax(self, logits: Tensor) -> Seen:
-        """What is known about the input of a softmax."""
-        seen = self._known(logits, _compat.version(logits))
-        if seen is None:
-            return Seen(logits=logits, from_product=False)
-        return dataclasses.replace(seen, logits=logits)
+    @property
+    def main(self) -> Tensor:
+        """The tensor that the softmax or the kernel was given first."""
+        tensor = self.query if self.logits is None else self.logits
+        assert tensor is not None
+        return tensor
 
-    def fold_of(self, size: int) -> tuple[int, int] | None:
-        """`(batch, heads)` of a first dimension of this size, if a reshape told."""
-        return self._folds.get(size)
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Number of queries and of keys."""
+        columns = self.key.shape[-2] if self.logits is None and self.key is not None else self.main.shape[-1]
+        return self.main.shape[-2], columns
 
-    def _known(self, tensor: Tensor, version: float) -> Seen | None:
-        ref, seen_version, seen = self._made.get(id(tensor), (None, 0, None))
-        if ref is None or seen is None or ref() is not tensor:
-            return None
-        return seen if seen_version == version else Seen(cross=seen.cross, from_product=seen.from_product)
+    def opaque(self, *, from_product: bool = True) -> "Operation":
+        """What stays known after a function that is neither a scale nor a mask."""
+        return Operation(from_product=self.from_product and from_product, cross=self.cross)
 
-    def _remembers(self, tensor: Tensor) -> bool:
-        ref, *_ = self._made.get(id(tensor), (None,))
-        return ref is not None and ref() is tensor
+    def four_d(self, fold_of: Callable[[int], tuple[int, int] | None] = lambda size: None) -> "Operation":
+        """The same with all tensors as `(batch, heads, ...)`: views, no copies.
 
-    def _note_fold(self, before: Tensor, after: Tensor) -> None:
-        wide, flat = (before, after) if before.ndim == 4 else (after, before)
-        if wide.ndim == 4 and flat.ndim == 3 and flat.shape == (wide.shape[0] * wide.shape[1], *wide.shape[2:]):
-            self._folds.setdefault(flat.shape[0], (wide.shape[0], wide.shape[1]))
+        Args:
+            fold_of: gives `(batch, heads)` for the size of a first dimension that holds both, if known.
+        """
+        main = self.main
+        # Parts of a 4-D operation may still be folded: alibi, or q and k of a bmm.
+        folded = (main.shape[0], main.shape[1]) if main.ndim == 4 else fold_of(main.shape[0])
 
-    def _product(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Seen | None:
-        # baddbmm(alibi, batch1=query, batch2=key), matmul(query, other=key)
-        args = (*args, *(kwargs[key] for key in _FACTORS if key in kwargs))
-        factors = tensors_in(args)[-2:]
-        if any((known := self._known(t, _compat.version(t))) is not None and not known.from_product for t in factors):
-            return None  # probabilities times values
-        seen = _product(name, args, kwargs)
-        if seen is None or self.streams is None:
-            return seen
-        return dataclasses.replace(seen, cross=self.streams.differ(*factors))
+        def view(tensor: Tensor) -> Tensor:
+            if tensor.ndim >= 4:
+                return tensor
+            if tensor.ndim == 3 and folded is not None and tensor.shape[0] == folded[0] * folded[1]:
+                return tensor.view(*folded, *tensor.shape[1:])
+            return tensor.unsqueeze(1) if tensor.ndim == main.ndim == 3 else tensor[(None,) * (4 - tensor.ndim)]
 
-    def _derived(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> Seen | None:
-        # By identity, not by id alone: a freed tensor leaves its id to another, which dropout in eval hands through.
-        tensor = next((t for t in tensors_in((*args, *kwargs.values())) if self._remembers(t)), None)
-        if tensor is None:
-            return None
-        if tensor is result and self._made[id(tensor)][1] == _compat.version(tensor):
-            return self._made[id(tensor)][2]  # nothing to do, like contiguous() of a contiguous tensor
-        # In place, the remembered tensor is the result itself, one version on.
-        in_place = tensor is result and not result.is_inference()
-        seen = self._known(tensor, _compat.version(tensor) - in_place)
-        still_scores = (
-            tensor.numel() == result.numel()
-            or tensor.shape[:-1] == result.shape[:-1]
-            or tensor.shape[-2:] == result.shape[-2:]
-        )
-        if seen is None or not still_scores:
-            return None
-        opaque = Seen(cross=seen.cross, from_product=seen.from_product and name != "softmax")
-        # Transposed scores are for the other stream, longer ones have a sink, wider ones a bias for each head: all are
-        # scores, none is scale q k^T.
-        same_shape = tensor.shape == result.shape or (name in _FOLD and tensor.shape[-2:] == result.shape[-2:])
-        if seen.query is None or not same_shape or name == "softmax":
-            return opaque
-        operands = [*args, *(value for key, value in kwargs.items() if key in _OPERANDS)]
-        return _step(name, seen, tensor, operands) or opaque
+        query, key, logits = (None if t is None else view(t) for t in (self.query, self.key, self.logits))
+        masks = tuple((view(mask), factor) for mask, factor in self.masks)
+        return dataclasses.replace(self, query=query, key=key, logits=logits, masks=masks)
 
 
-def _step(name: str, seen: Seen, scores: Tensor, args: list[Any]) -> Seen | None:
-    """The trail after one operation on the scores, or None when they are no longer scale, product and masks."""
-    if name in _SAME or name in _FOLD:
-        return seen
-    first = args[0] is scores
-    rest = [a for a in args if a is not scores]
-    if (name in _TIMES or (name in _OVER and first)) and len(rest) == 1:
-        number = _number(rest[0])
-        if not number:
-            return None
-        factor = 1.0 / number if name in _OVER else number
-        masks = tuple((m, f if m.dtype == torch.bool else f * factor) for m, f in seen.masks)
-        return dataclasses.replace(seen, scale=seen.scale * factor, masks=masks)
-    minus = name in _MINUS
-    if (name in _PLUS or (minus and first)) and len(rest) == 1 and isinstance(rest[0], Tensor):
-        return dataclasses.replace(seen, masks=(*seen.masks, (rest[0], -1.0 if minus else 1.0)))
-    if name in _FILL and len(rest) == 2 and isinstance(rest[0], Tensor) and _is_floor(rest[1]):
-        # masked_fill(scores, hidden, floor), where(allowed, scores, floor) or where(hidden, floor, scores)
-        hides = name == "masked_fill" or args[-1] is scores
-        return dataclasses.replace(seen, masks=(*seen.masks, (rest[0], -1.0 if hides else 1.0)))
-    return None
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """All tensors among some arguments, also in lists and tuples."""
+    flat: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            flat.append(value)
+        elif isinstance(value, list | tuple):
+            flat += tensors_in(value)
+    return flat
 
 
-def _product(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Seen | None:
+def of_sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Operation:
+    """The operation of one call of `scaled_dot_product_attention`; the signature is torch's own."""
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    return Operation(query, key, scale, () if attn_mask is None else ((attn_mask, 1.0),), is_causal)
+
+
+def softmax_logits(input: Tensor, dim: int | None = None, *args: object, **kwargs: object) -> Tensor | None:
+    """The input of a softmax, where it runs over the last of three or more dimensions."""
+    return input if dim is not None and input.ndim >= 3 and dim in (-1, input.ndim - 1) else None
+
+
+def factors_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The arguments of a product in order: `baddbmm(alibi, batch1=query, batch2=key)`, `matmul(query, other=key)`."""
+    return (*args, *(kwargs[key] for key in _FACTORS if key in kwargs))
+
+
+def of_product(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Operation | None:
+    """The operation that a product starts; None where it is no product of two batched tensors."""
     if name == "einsum":
-        return _einsum(*args)
+        return _of_einsum(*args)
     masks: tuple[tuple[Tensor, float], ...] = ()
     scale = 1.0
     if name == "baddbmm":
@@ -151,10 +143,10 @@ def _product(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> See
     if len(args) != 2 or not all(isinstance(a, Tensor) and a.ndim >= 3 for a in args):
         return None
     query, key = args if name != "rmatmul" else args[::-1]
-    return Seen(query=query, key=key.transpose(-1, -2), scale=scale, masks=masks)
+    return Operation(query, key.transpose(-1, -2), scale, masks)
 
 
-def _einsum(*args: Any) -> Seen | None:
+def _of_einsum(*args: Any) -> Operation | None:
     """Reads q and k off an equation like `bihd,bjhd->bhij`; None when it is no attention product."""
     operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
     if not isinstance(args[0], str) or len(operands) != 2 or "->" not in args[0] or "." in args[0]:
@@ -176,11 +168,41 @@ def _einsum(*args: Any) -> Seen | None:
         tensor: Tensor = operands[which]
         return tensor.permute([names[which].index(a) for a in (*batch, axis, width)])
 
-    return Seen(query=ordered(query, row), key=ordered(key, column))
+    return Operation(ordered(query, row), ordered(key, column))
+
+
+def after(
+    name: str, operation: Operation, scores: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Operation | None:
+    """The operation after one more function on its scores; None when it is no longer scale, product and masks."""
+    if name in _COPIES or name in RESHAPES:
+        return operation
+    if kwargs.keys() - _OPERANDS - {"input"}:  # alpha, rounding_mode, out
+        return None
+    args = (*args, *(value for key, value in kwargs.items() if key in _OPERANDS))
+    first = bool(args) and args[0] is scores
+    rest = [a for a in args if a is not scores]
+    if (name in _TIMES or (name in _DIVIDE and first)) and len(rest) == 1:
+        number = _number(rest[0])
+        if not number:
+            return None
+        factor = 1.0 / number if name in _DIVIDE else number
+        masks = tuple((m, f if m.dtype == torch.bool else f * factor) for m, f in operation.masks)
+        return dataclasses.replace(operation, scale=operation.scale * factor, masks=masks)
+    minus = name in _MINUS
+    if (name in _PLUS or (minus and first)) and len(rest) == 1 and isinstance(rest[0], Tensor):
+        return dataclasses.replace(operation, masks=(*operation.masks, (rest[0], -1.0 if minus else 1.0)))
+    if name in _FILL and len(rest) == 2 and isinstance(rest[0], Tensor):
+        # masked_fill(scores, hidden, low), where(allowed, scores, low) or where(hidden, low, scores)
+        low = _number(rest[1])
+        if low is not None and low <= FLOOR:
+            hides = name == "masked_fill" or args[-1] is scores
+            return dataclasses.replace(operation, masks=(*operation.masks, (rest[0], -1.0 if hides else 1.0)))
+    return None
 
 
 def _number(value: object) -> float | None:
-    """A plain factor; a tensor only if reading it costs no wait for a device and loses no gradient."""
+    """A plain factor; a tensor only if reading it costs no synchronization and loses no gradient."""
     if isinstance(value, int | float):
         return float(value)
     if torch.compiler.is_compiling():
@@ -188,13 +210,3 @@ def _number(value: object) -> float | None:
     if isinstance(value, Tensor) and value.numel() == 1 and value.device.type == "cpu" and not value.requires_grad:
         return float(value)
     return None
-
-
-def _is_floor(value: object) -> bool:
-    number = _number(value)
-    return number is not None and number <= FLOOR
-
-
-def function_name(func: Callable[..., Any]) -> str:
-    """`torch.Tensor.__matmul__`, `torch.matmul` and `Tensor.matmul` are all `matmul`."""
-    return str(getattr(func, "__name__", "")).strip("_")

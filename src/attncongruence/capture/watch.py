@@ -1,6 +1,7 @@
-"""Watches one module: the hooks that switch a mode on before its forward and off after it."""
+"""Watches one module: hooks that switch a mode on before its forward and off after it."""
 
 import dataclasses
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -10,36 +11,72 @@ import torch
 from torch import Tensor, nn
 
 from attncongruence import _compat
-from attncongruence.capture.hooks import Hook, nothing
-from attncongruence.capture.mode import AttentionMode, CompiledMode, pop_mode, push_mode, remove_mode
-from attncongruence.capture.product import Trail
-from attncongruence.capture.seen import Seen
-from attncongruence.integrations import kernels
+from attncongruence.capture.kernels import do_nothing, show_kernel
+from attncongruence.capture.product import Operation
+from attncongruence.capture.trace import AttentionMode, CompiledMode, pop_mode, push_mode, remove_mode
 
 
-def gradients_off() -> bool:
-    """Whether this forward pass leaves no graph."""
-    return not torch.is_grad_enabled()
+class Hook:
+    """A function that does nothing in a copy or a pickle: a copy of a watched model is not watched."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call = call
+
+    def __call__(self, *args: Any) -> Any:  # noqa: D102
+        return self.call(*args)
+
+    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        return _inert_hook, ()
 
 
-def recomputing() -> bool:
-    """Whether a backward pass is running: checkpointing calls forward again there, and it was seen before."""
-    return _compat.in_backward()
+def _inert_hook() -> Callable[..., None]:
+    return do_nothing
 
 
-@dataclasses.dataclass(frozen=True)
-class _Active:
-    """One forward pass of a watched module: what sees it, and what was so before it."""
-
-    mode: AttentionMode
-    seen: list[Seen]
-    error: BaseException | None
-    restore_kernel: Callable[[], None]
+@functools.cache
+def uncompiled_hook() -> type[Hook]:
+    """A hook that `torch.compile` leaves alone. Made late: it imports dynamo, as optimizers do, but torch does not."""
+    call = torch.compiler.disable(Hook.__call__)
+    return type("UncompiledHook", (Hook,), {"__call__": call})
 
 
-def show_kernel(module: nn.Module) -> Callable[[], None]:
-    """Lets a mode see kernels of transformers that no torch function shows, until the returned function is called."""
-    return kernels.show_kernel(module) if "config" in module.__dict__ else nothing
+@functools.cache
+def eager_pass_hooks() -> tuple[type[Hook], type[Hook]]:
+    """A pair of hooks; the first switches `torch.compile` off for one forward pass, the second on again."""
+    compiler = threading.local()
+
+    def open_pass(self: Hook, *args: Any) -> None:
+        compiler.callback = _compat.set_compiler(None)
+        self.call(*args)
+
+    def close_pass(self: Hook, *args: Any) -> None:
+        self.call(*args)
+        _compat.set_compiler(getattr(compiler, "callback", None))
+
+    return (
+        type("OpensEagerPass", (Hook,), {"__call__": _compat.skip_frame(open_pass)}),
+        type("ClosesEagerPass", (Hook,), {"__call__": _compat.skip_frame(close_pass)}),
+    )
+
+
+def hook_module(module: nn.Module, before: Hook, after: Hook) -> list[Any]:
+    """Puts a hook before forward and one after it, also where it raises; returns their handles."""
+    return [
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        # First of all forward hooks, so that a mode is off before anyone else's code runs.
+        module.register_forward_hook(after, prepend=True, always_call=True),
+    ]
+
+
+def unhook(handles: list[Any]) -> None:
+    """Takes hooks off again and empties the list."""
+    while handles:
+        handles.pop().remove()
+
+
+def forward_raised(result: object, error_before: BaseException | None) -> bool:
+    """Whether a hook after forward was called because forward raised; a forward that returns None did not."""
+    return result is None and sys.exc_info()[1] is not error_before
 
 
 _FAST = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
@@ -64,18 +101,33 @@ def refuse_replica(module: nn.Module) -> None:
         )
 
 
-class Watch:
-    """The hooks of one module; `done` gets its attention operations, in order, each time its forward has ended.
+@dataclasses.dataclass(frozen=True)
+class _Running:
+    """One forward pass of a watched module."""
 
-    Hook objects are copied and pickled along with the model. Theirs are inert: a copy of the model is not watched.
-    """
+    mode: AttentionMode
+    operations: list[Operation]
+    error_before: BaseException | None
+    restore_kernel: Callable[[], None]
+
+
+class _ThisThread(threading.local):
+    running: _Running | None = None
+
+
+class Watch:
+    """The hooks of one module; `on_forward_end(watch, operations)` gets the attention operations of each forward."""
 
     def __init__(
-        self, module: nn.Module, name: str, analysis: bool, done: Callable[["Watch", list[Seen]], None]
+        self,
+        module: nn.Module,
+        name: str,
+        analysis: bool,
+        on_forward_end: Callable[["Watch", list[Operation]], None],
     ) -> None:
-        self.module, self.name, self.analysis, self.done = module, name, analysis, done
+        self.module, self.name, self.analysis, self.on_forward_end = module, name, analysis, on_forward_end
         self.entered = self.skipped_without_grad = self.closed = False
-        self._local = threading.local()
+        self._thread = _ThisThread()
         self.compiled = CompiledMode()
         self._handles: list[Any] = []
         self.attach()
@@ -83,16 +135,11 @@ class Watch:
     def attach(self) -> None:
         """Puts the hooks on, if they are off."""
         if not self._handles:
-            self._handles = [
-                self.module.register_forward_pre_hook(Hook(self.enter), with_kwargs=True),
-                # First of all forward hooks, so that the mode is off before anyone else's code runs.
-                self.module.register_forward_hook(Hook(self.leave), prepend=True, always_call=True),
-            ]
+            self._handles = hook_module(self.module, Hook(self.enter), Hook(self.leave))
 
     def detach(self) -> None:
         """Takes the hooks off, if they are on."""
-        while self._handles:
-            self._handles.pop().remove()
+        unhook(self._handles)
 
     def close(self) -> None:
         """Takes the hooks off for good and lets go of everything."""
@@ -107,49 +154,43 @@ class Watch:
             return
         if torch.compiler.is_compiling():
             # Reading `closed` makes it a guard: after close() the model is compiled again, without us.
-            if not self.closed and (self.analysis or not gradients_off()):
+            if not self.closed and (self.analysis or torch.is_grad_enabled()):
                 self.compiled.slot = ()
                 push_mode(self.compiled)
             return
         self.drop_stale()
         refuse_replica(module)
-        if module is not self.module or recomputing():
+        # Checkpointing calls forward again in backward; the module was seen before.
+        if module is not self.module or _compat.in_backward():
             return
         self.entered = True
-        if gradients_off() and not self.analysis:
+        if not (self.analysis or torch.is_grad_enabled()):
             self.skipped_without_grad = True
-            return
-        if on_torch_fast_path(module, (*args, *kwargs.values())):
-            return
-        seen: list[Seen] = []
-        mode = AttentionMode(seen.append)
-        self._local.active = _Active(mode, seen, sys.exc_info()[1], show_kernel(module))
-        push_mode(mode)
+        elif not on_torch_fast_path(module, (*args, *kwargs.values())):
+            operations: list[Operation] = []
+            mode = AttentionMode(operations.append)
+            self._thread.running = _Running(mode, operations, sys.exc_info()[1], show_kernel(module))
+            push_mode(mode)
 
     def leave(self, module: nn.Module, args: object, result: object) -> None:
         """After forward, also after one that raised: switches the mode off and hands over what it saw."""
         if torch.compiler.is_compiling():
-            if not self.closed and (self.analysis or not gradients_off()):
+            if not self.closed and (self.analysis or torch.is_grad_enabled()):
                 pop_mode(self.compiled)
             return
-        active: _Active | None = getattr(self._local, "active", None)
-        if active is None or module is not self.module:
+        running = self._thread.running
+        if running is None or module is not self.module:
             return
         self.drop_stale()
-        failed = result is None and sys.exc_info()[1] is not active.error
-        if not failed:
-            self.done(self, _attention_only(active.seen, active.mode.trail))
+        if not forward_raised(result, running.error_before):
+            # Softmaxes that weigh no keys (gates, routers) are dropped, unless nothing else was seen.
+            operations = [o for o in running.operations if o.from_product] or running.operations
+            self.on_forward_end(self, [o.four_d(running.mode.trail.fold_of) for o in operations])
 
     def drop_stale(self) -> None:
         """Takes this thread's mode off the stack: at the end, or late, when an interrupt skipped the end."""
-        active: _Active | None = getattr(self._local, "active", None)
-        if active is not None:
-            active.restore_kernel()
-            remove_mode(active.mode)
-            self._local.active = None
-
-
-def _attention_only(seen: list[Seen], trail: Trail) -> list[Seen]:
-    """Drops softmaxes that weigh no keys (gates, routers), unless nothing else was seen; finds batch and heads."""
-    products = [s for s in seen if s.from_product] or seen
-    return [s.with_fold(trail.fold_of) for s in products]
+        running = self._thread.running
+        if running is not None:
+            running.restore_kernel()
+            remove_mode(running.mode)
+            self._thread.running = None

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from attncongruence.capture import CapturedAttention
-from attncongruence.capture.find import Log, select_modules, self_attention
-from attncongruence.capture.reasons import nothing_seen
+from attncongruence.capture.find import Log, find_attention, select_modules, self_attention
+from attncongruence.capture.messages import nothing_seen
 from attncongruence.doctor import where
 from attncongruence.doctor.bench import Inputs
 from attncongruence.doctor.measure import share
@@ -64,7 +64,7 @@ def candidates(model: nn.Module, log: Log, layers: Layer) -> list[Candidate]:
     """
     found = self_attention(log)
     if not found and not log:
-        raise TroubleFound(f"no attention was seen. {nothing_seen(model)}", _NEED, _LOOK)
+        raise TroubleFound(f"no attention was seen. {nothing_seen(find_attention(model))}", _NEED, _LOOK)
     if not found:
         remedy = f"put the blocks of a dual-stream model together with AttentionBlocks.from_streams: {_LOOK}"
         raise TroubleFound("only attention between two sequences was seen", _NEED, remedy)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from attncongruence import _compat
 from attncongruence._typing import real
-from attncongruence.capture.hooks import uncompiled_hook
 from attncongruence.capture.session import AttentionCapture, Layers, unwrapped
-from attncongruence.capture.watch import recomputing
+from attncongruence.capture.watch import uncompiled_hook
 from attncongruence.training import reasons
 from attncongruence.training.outputs import batch_of, loss_in, with_loss
 from attncongruence.training.schedules import Schedule
@@ -195,7 +195,7 @@ class Regularizer:
     ) -> Any:  # a hook: None leaves the output as it is
         if model is not self.model:  # a shallow copy
             return None
-        if recomputing() and torch.is_grad_enabled() and model.training:
+        if _compat.in_backward() and torch.is_grad_enabled() and model.training:
             raise RuntimeError(reasons.WHOLE_CHECKPOINTED)
         return self._regularized(model.forward, args, kwargs, output)
 

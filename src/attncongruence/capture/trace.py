@@ -1,0 +1,253 @@
+"""Follows a forward pass: the modes that see each torch function, and what they remember of its tensors."""
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from attncongruence import _compat
+from attncongruence.capture.product import (
+    PRODUCTS,
+    RESHAPES,
+    Operation,
+    after,
+    factors_of,
+    of_product,
+    of_sdpa,
+    softmax_logits,
+    tensors_in,
+)
+
+
+class Lineage:
+    """Tells self-attention from cross-attention of equal length: which input does each tensor descend from?
+
+    Two embeddings are two origins. A tensor has the origin of the first argument that has one; if none has, it is an
+    origin itself. Integer tensors (ids, positions) and tensors made of nothing (zeros) have none.
+    """
+
+    def __init__(self) -> None:
+        self._origins: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._count = 0
+
+    def follow(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object) -> None:
+        """Takes note of one torch function after it ran."""
+        made = [t for t in tensors_in((result,)) if t.is_floating_point()]
+        given = tensors_in((*args, *kwargs.values()))
+        if not made or not given:
+            return
+        origin = next((o for o in map(self.origin, given) if o is not None), None)
+        if origin is None:
+            origin = self._count = self._count + 1
+            # All who read a model's input share its origin; its weights have none.
+            made += [t for t in given if t.is_floating_point() and not isinstance(t, nn.Parameter)][:1]
+        for tensor in made:
+            if self.origin(tensor) is None:
+                self._origins[id(tensor)] = (weakref.ref(tensor), origin)
+
+    def origin(self, tensor: object) -> int | None:
+        """Number of a tensor's origin, if it has one."""
+        ref, origin = self._origins.get(id(tensor), (None, 0))
+        return origin if ref is not None and ref() is tensor else None
+
+    def differ(self, *tensors: object) -> bool:
+        """Whether two tensors are known to have different origins."""
+        return len(set(map(self.origin, tensors)) - {None}) == 2
+
+
+class _Made(NamedTuple):
+    """How one tensor was made."""
+
+    # Weak, so that the model's intermediate scores are freed as early as they are without us.
+    tensor: weakref.ref[Tensor]
+    version: float
+    operation: Operation
+
+
+class Trail:
+    """Remembers, for one forward pass, how each score-like tensor was made: from a softmax back to its q and k."""
+
+    def __init__(self, lineage: Lineage | None = None) -> None:
+        self.lineage = lineage
+        self._made: dict[int, _Made] = {}
+        self._folds: dict[int, tuple[int, int]] = {}
+
+    def follow(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object) -> None:
+        """Takes note of one torch function after it ran; `name` is its name without underscores."""
+        if self.lineage is not None:
+            self.lineage.follow(args, kwargs, result)
+        if not isinstance(result, Tensor) or result.ndim < 3:
+            return
+        if name in RESHAPES and args and isinstance(args[0], Tensor):
+            self._note_fold(args[0], result)
+        operation = None
+        if name in PRODUCTS:
+            operation = self._product(name, factors_of(args, kwargs), kwargs)
+        elif self._made:
+            operation = self._derived(name, args, kwargs, result)
+        if operation is not None:
+            self._made[id(result)] = _Made(weakref.ref(result), _compat.version(result), operation)
+
+    def at_sdpa(self, *args: Any, **kwargs: Any) -> Operation:
+        """What is known about a call of `scaled_dot_product_attention`."""
+        operation = of_sdpa(*args, **kwargs)
+        return self._mark_cross(operation, operation.query, operation.key)
+
+    def at_softmax(self, logits: Tensor) -> Operation:
+        """What is known about the input of a softmax."""
+        operation = self._known(logits)
+        if operation is None:
+            return Operation(logits=logits, from_product=False)
+        return dataclasses.replace(operation, logits=logits)
+
+    def fold_of(self, size: int) -> tuple[int, int] | None:
+        """`(batch, heads)` of a first dimension of this size, if a reshape told."""
+        return self._folds.get(size)
+
+    def _mark_cross(self, operation: Operation, *factors: object) -> Operation:
+        if self.lineage is None or not self.lineage.differ(*factors):
+            return operation
+        return dataclasses.replace(operation, cross=True)
+
+    def _entry(self, tensor: Tensor) -> _Made | None:
+        # By identity, not by id alone: a freed tensor leaves its id to another, which dropout in eval hands through.
+        made = self._made.get(id(tensor))
+        return made if made is not None and made.tensor() is tensor else None
+
+    def _known(self, tensor: Tensor, *, in_place: bool = False) -> Operation | None:
+        """The operation behind a tensor; opaque if something may have written to it unseen (`scores[..., 0] = 0`)."""
+        made = self._entry(tensor)
+        if made is None:
+            return None
+        # Inference tensors have no version, so nobody knows.
+        unchanged = not tensor.is_inference() and made.version == _compat.version(tensor) - in_place
+        return made.operation if unchanged else made.operation.opaque()
+
+    def _note_fold(self, before: Tensor, after: Tensor) -> None:
+        wide, flat = (before, after) if before.ndim == 4 else (after, before)
+        if wide.ndim == 4 and flat.ndim == 3 and flat.shape == (wide.shape[0] * wide.shape[1], *wide.shape[2:]):
+            self._folds.setdefault(flat.shape[0], (wide.shape[0], wide.shape[1]))
+
+    def _product(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Operation | None:
+        factors = tensors_in(args)[-2:]
+        if any((known := self._known(t)) is not None and not known.from_product for t in factors):
+            return None  # probabilities times values
+        operation = of_product(name, args, kwargs)
+        return None if operation is None else self._mark_cross(operation, *factors)
+
+    def _derived(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> Operation | None:
+        tensor = next((t for t in tensors_in((*args, *kwargs.values())) if self._entry(t) is not None), None)
+        if tensor is None:
+            return None
+        version = self._made[id(tensor)].version
+        # In place, the remembered tensor is the result itself, one version on. With the same version, the function had
+        # nothing to do, like contiguous() of a contiguous tensor.
+        untouched = tensor is result and version == _compat.version(tensor)
+        operation = self._known(tensor, in_place=tensor is result and not untouched)
+        if untouched:
+            return operation
+        still_scores = (
+            tensor.numel() == result.numel()
+            or tensor.shape[:-1] == result.shape[:-1]
+            or tensor.shape[-2:] == result.shape[-2:]
+        )
+        if operation is None or not still_scores:
+            return None
+        opaque = operation.opaque(from_product=name != "softmax")
+        # Transposed scores are for the other direction, longer ones have a sink, wider ones a bias for each head: all
+        # are scores, none is scale q k^T.
+        same_shape = tensor.shape == result.shape or (name in RESHAPES and tensor.shape[-2:] == result.shape[-2:])
+        if operation.query is None or not same_shape or name == "softmax":
+            return opaque
+        return after(name, operation, tensor, args, kwargs) or opaque
+
+
+class AttentionMode(TorchFunctionMode):
+    """Runs every function as it is, and calls `on_operation(operation)` for each attention operation."""
+
+    def __init__(self, on_operation: Callable[[Operation], None], lineage: Lineage | None = None) -> None:
+        super().__init__()
+        self.on_operation = on_operation
+        self.trail = Trail(lineage)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # a compiled function inside an eager module: nothing here can be traced
+            return func(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            with self:
+                return _compat.mha_body(*args, **kwargs)
+        result = func(*args, **kwargs)
+        # torch.Tensor.__matmul__, torch.matmul and Tensor.matmul are all "matmul".
+        name = str(getattr(func, "__name__", "")).strip("_")
+        if func is F.scaled_dot_product_attention:
+            self.on_operation(self.trail.at_sdpa(*args, **kwargs))
+        elif name == "softmax" and (logits := softmax_logits(*args, **kwargs)) is not None:
+            self.on_operation(self.trail.at_softmax(logits))
+        self.trail.follow(name, args, kwargs, result)
+        return result
+
+
+class CompiledMode(TorchFunctionMode):
+    """The same inside `torch.compile`, traced once: one object that lives as long as the watch, and one slot.
+
+    A new mode or a growing list at each step would be recompiled at each step. Queries and keys are told apart only in
+    `scaled_dot_product_attention` here: a trail of weak references cannot be traced.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slot: tuple[tuple[Any, ...], ...] = ()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self:
+                return _compat.mha_body(*args, **kwargs)
+        if func in (F.scaled_dot_product_attention, F.softmax, torch.softmax, Tensor.softmax):
+            self.slot = (*self.slot, (func is F.scaled_dot_product_attention, args, kwargs))
+        if func is Tensor.unflatten:  # its super() is more than torch.compile could trace under a mode in torch 2.11
+            func = torch.unflatten
+        return func(*args, **kwargs)
+
+    def take(self) -> list[Operation]:
+        """What the compiled code left; called outside of it."""
+        taken, self.slot = self.slot, ()
+        found = []
+        for is_sdpa, args, kwargs in taken:
+            if is_sdpa:
+                found.append(of_sdpa(*args, **kwargs))
+            elif (logits := softmax_logits(*args, **kwargs)) is not None:
+                found.append(Operation(logits=logits))
+        return found
+
+
+def push_mode(mode: TorchFunctionMode) -> None:
+    """Switches a mode on. Not its own `__enter__`, which may do more when it is the user's."""
+    TorchFunctionMode.__enter__(mode)
+
+
+def pop_mode(mode: TorchFunctionMode) -> None:
+    """Switches the innermost mode off."""
+    TorchFunctionMode.__exit__(mode, None, None, None)
+
+
+def remove_mode(mode: TorchFunctionMode) -> None:
+    """Takes one mode off the stack, wherever it is, and leaves the others in order."""
+    stack = _compat.function_modes()
+    place = next((i for i, other in enumerate(stack) if other is mode), None)
+    if place is None:
+        return
+    for other in reversed(stack[place:]):
+        pop_mode(other)
+    for other in stack[place + 1 :]:
+        push_mode(other)
