@@ -1,9 +1,8 @@
 """Which modules of a model attend: by name and class, by the user's choice, or by watching one forward pass."""
 
 import fnmatch
+import functools
 import re
-import sys
-import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,12 +11,12 @@ from torch import nn
 
 from attncongruence import _compat
 from attncongruence.capture import messages
-from attncongruence.capture.kernels import do_nothing, show_kernel
 from attncongruence.capture.product import Operation
-from attncongruence.capture.trace import AttentionMode, Lineage, push_mode, remove_mode
 from attncongruence.capture.watch import (
+    Log,
+    Recording,
+    ThisThread,
     eager_pass_hooks,
-    forward_raised,
     hook_module,
     on_torch_fast_path,
     refuse_replica,
@@ -100,10 +99,6 @@ def _module(model: nn.Module, layer: str | nn.Module) -> nn.Module | None:
         return None
 
 
-Log = list[tuple[str, Operation]]
-"""Attention operations in order of execution, each with the name of its module."""
-
-
 class Finder:
     """Watches whole forward passes; `on_pass_end(log, whole)` gets the attention operations of each.
 
@@ -114,95 +109,41 @@ class Finder:
 
     def __init__(self, model: nn.Module, analysis: bool, on_pass_end: Callable[[Log, bool], None]) -> None:
         self.analysis, self.on_pass_end = analysis, on_pass_end
-        self._thread = _ThisThread()
+        self._thread = ThisThread()
         self._handles: list[Any] = []
         self._candidates = set(find_attention(model))
         for name, module in named_modules(model).items():
             if module is model or _has_parameters(module):
-                self._attach(name, module)
+                # Under torch.compile this one pass runs eagerly: which layers to trace is not known yet.
+                before, after = (uncompiled_hook(),) * 2 if name else eager_pass_hooks()
+                enter, leave = functools.partial(self._enter, name), functools.partial(self._leave, name)
+                self._handles += hook_module(module, before(enter), after(leave))
 
-    def _attach(self, name: str, module: nn.Module) -> None:
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            refuse_replica(module)
-            frozen = not self.analysis and on_torch_fast_path(module, (*args, *kwargs.values()))
-            self._enter(name, module, unwatched=frozen)
-
-        def leave(module: nn.Module, args: object, result: object) -> None:
-            self._leave(name, result)
-
-        # Under torch.compile this one pass runs eagerly: layers are not known yet, and hooks on all would be traced.
-        before, after = (uncompiled_hook(),) * 2 if name else eager_pass_hooks()
-        self._handles += hook_module(module, before(enter), after(leave))
-
-    def _enter(self, name: str, module: nn.Module, *, unwatched: bool) -> None:
-        thread = self._thread
-        if thread.running is not None and not name:
-            thread.running.stop()  # an interrupt skipped the end of the last pass
-            thread.running = None
-        if thread.running is None:
+    def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        refuse_replica(module)
+        if not name:
+            self._thread.stop()  # an interrupt skipped the end of the last pass
+        if self._thread.recording is None:
             if _compat.in_backward() or not (self.analysis or torch.is_grad_enabled()):
                 return
-            thread.running = _RunningPass()
-        thread.running.enter(name, show_kernel(module) if name in self._candidates else do_nothing, unwatched)
+            self._thread.recording = Recording(whole=True)
+        watched = self.analysis or not on_torch_fast_path(module, (*args, *kwargs.values()))
+        self._thread.recording.enter(name, module, watched=watched, attends=name in self._candidates)
 
-    def _leave(self, name: str, result: object) -> None:
-        running = self._thread.running
-        if running is None:
+    def _leave(self, name: str, module: nn.Module, args: object, result: object) -> None:
+        recording = self._thread.recording
+        if recording is None:
             return
-        running.leave()
-        if not running.path:
-            self._thread.running = None
-            log = running.stop()
-            if not forward_raised(result, running.error_before):
+        recording.leave()
+        if not recording.path:
+            log = self._thread.stop()
+            if not recording.raised(result):
                 self.on_pass_end(log, not name)
 
     def close(self) -> None:
         """Takes all hooks off, and the mode of a pass that was cut short."""
         unhook(self._handles)
-        running, self._thread.running = self._thread.running, None
-        if running is not None:
-            running.stop()
-
-
-class _RunningPass:
-    """One forward pass: the path to the module that runs, and what attended so far."""
-
-    def __init__(self) -> None:
-        self.path: list[str] = []
-        self.error_before = sys.exc_info()[1]
-        self._log: Log = []
-        self._restore_kernels: list[Callable[[], None]] = []
-        self._unwatched = 0  # depth at which watching stopped
-        self._mode = AttentionMode(self._note, Lineage())
-        push_mode(self._mode)
-
-    def enter(self, name: str, restore_kernel: Callable[[], None], unwatched: bool) -> None:
-        self.path.append(name)
-        self._restore_kernels.append(restore_kernel)
-        if unwatched and not self._unwatched:
-            self._unwatched = len(self.path)
-            remove_mode(self._mode)
-
-    def leave(self) -> None:
-        if len(self.path) == self._unwatched:
-            self._unwatched = 0
-            push_mode(self._mode)
-        self.path.pop()
-        self._restore_kernels.pop()()
-
-    def _note(self, operation: Operation) -> None:
-        if operation.from_product:
-            self._log.append((self.path[-1], operation))
-
-    def stop(self) -> Log:
-        remove_mode(self._mode)
-        while self._restore_kernels:
-            self._restore_kernels.pop()()
-        return [(name, operation.four_d(self._mode.trail.fold_of)) for name, operation in self._log]
-
-
-class _ThisThread(threading.local):
-    running: _RunningPass | None = None
+        self._thread.stop()
 
 
 def self_attention(log: Log) -> list[tuple[str, int, Operation]]:

@@ -8,6 +8,7 @@ tensors to ask about; here nothing is remembered and nothing is computed.
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -26,7 +27,7 @@ _DIVIDE = {"div", "truediv", "itruediv", "idiv", "divide", "true_divide"}
 _PLUS = {"add", "radd", "iadd"}
 _MINUS = {"sub", "isub", "subtract"}
 _FILL = {"masked_fill", "where"}
-_FACTORS = ("input", "batch1", "batch2", "mat2", "tensor2", "other")
+FACTORS = ("input", "batch1", "batch2", "mat2", "tensor2", "other")
 _OPERANDS = {"other", "mask", "value"}
 
 
@@ -68,19 +69,24 @@ class Operation:
         columns = self.key.shape[-2] if self.logits is None and self.key is not None else self.main.shape[-1]
         return self.main.shape[-2], columns
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Operation":
+        """The same with each tensor changed."""
+        query, key, logits = (None if t is None else change(t) for t in (self.query, self.key, self.logits))
+        masks = tuple((change(mask), factor) for mask, factor in self.masks)
+        return dataclasses.replace(self, query=query, key=key, logits=logits, masks=masks)
+
     def opaque(self, *, from_product: bool = True) -> "Operation":
         """What stays known after a function that is neither a scale nor a mask."""
         return Operation(from_product=self.from_product and from_product, cross=self.cross)
 
-    def four_d(self, fold_of: Callable[[int], tuple[int, int] | None] = lambda size: None) -> "Operation":
+    def four_d(self, folds: Mapping[int, tuple[int, int]] | None = None) -> "Operation":
         """The same with all tensors as `(batch, heads, ...)`: views, no copies.
 
-        Args:
-            fold_of: gives `(batch, heads)` for the size of a first dimension that holds both, if known.
+        `folds` has `(batch, heads)` by the size of a first dimension that holds both.
         """
         main = self.main
         # Parts of a 4-D operation may still be folded: alibi, or q and k of a bmm.
-        folded = (main.shape[0], main.shape[1]) if main.ndim == 4 else fold_of(main.shape[0])
+        folded = (main.shape[0], main.shape[1]) if main.ndim == 4 else (folds or {}).get(main.shape[0])
 
         def view(tensor: Tensor) -> Tensor:
             if tensor.ndim >= 4:
@@ -89,9 +95,7 @@ class Operation:
                 return tensor.view(*folded, *tensor.shape[1:])
             return tensor.unsqueeze(1) if tensor.ndim == main.ndim == 3 else tensor[(None,) * (4 - tensor.ndim)]
 
-        query, key, logits = (None if t is None else view(t) for t in (self.query, self.key, self.logits))
-        masks = tuple((view(mask), factor) for mask, factor in self.masks)
-        return dataclasses.replace(self, query=query, key=key, logits=logits, masks=masks)
+        return self.each(view)
 
 
 def tensors_in(values: Iterable[Any]) -> list[Tensor]:
@@ -125,11 +129,6 @@ def softmax_logits(input: Tensor, dim: int | None = None, *args: object, **kwarg
     return input if dim is not None and input.ndim >= 3 and dim in (-1, input.ndim - 1) else None
 
 
-def factors_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The arguments of a product in order: `baddbmm(alibi, batch1=query, batch2=key)`, `matmul(query, other=key)`."""
-    return (*args, *(kwargs[key] for key in _FACTORS if key in kwargs))
-
-
 def of_product(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Operation | None:
     """The operation that a product starts; None where it is no product of two batched tensors."""
     if name == "einsum":
@@ -146,29 +145,23 @@ def of_product(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> O
     return Operation(query, key.transpose(-1, -2), scale, masks)
 
 
-def _of_einsum(*args: Any) -> Operation | None:
+def _of_einsum(equation: object, *operands: Any) -> Operation | None:
     """Reads q and k off an equation like `bihd,bjhd->bhij`; None when it is no attention product."""
-    operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
-    if not isinstance(args[0], str) or len(operands) != 2 or "->" not in args[0] or "." in args[0]:
+    operands = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], list | tuple) else operands
+    parts = re.fullmatch(r"(\w+),(\w+)->(\w+)(\w)(\w)", str(equation).replace(" ", ""))
+    if parts is None or len(operands) != 2:
         return None
-    left, out = args[0].replace(" ", "").split("->")
-    names = left.split(",")
-    if len(names) != 2 or len(out) < 3:
-        return None
-    *batch, row, column = list(out)
-    query, key = (0, 1) if row in names[0] else (1, 0)
-    summed = (set(names[0]) & set(names[1])) - set(out)
-    if len(summed) != 1:
-        return None
-    (width,) = summed
-    if set(names[query]) != {*batch, row, width} or set(names[key]) != {*batch, column, width}:
-        return None
-
-    def ordered(which: int, axis: str) -> Tensor:
-        tensor: Tensor = operands[which]
-        return tensor.permute([names[which].index(a) for a in (*batch, axis, width)])
-
-    return Operation(ordered(query, row), ordered(key, column))
+    left, right, batch, row, column = parts.groups()
+    named = [(left, operands[0]), (right, operands[1])]
+    summed = "".join((set(left) & set(right)) - {*batch, row, column})
+    found = []
+    for axes, (names, tensor) in zip(
+        (batch + row + summed, batch + column + summed), named if row in left else named[::-1], strict=True
+    ):
+        if len(summed) != 1 or sorted(names) != sorted(axes):
+            return None
+        found.append(tensor.permute([names.index(axis) for axis in axes]))
+    return Operation(*found)
 
 
 def after(

@@ -1,6 +1,5 @@
 """CapturedAttention: what one attention layer computed, as scores that a loss can use."""
 
-import dataclasses
 import functools
 import operator
 from functools import cached_property
@@ -27,6 +26,12 @@ class CapturedAttention(ScoreSource):
         layer: dotted name of the module that attended.
         operation: the operation as the model called it.
 
+    Attributes:
+        lengths: number of queries and of keys.
+        batch_size: number of samples.
+        heads: number of heads, of the queries where they are grouped.
+        device: where the layer ran.
+
     Example:
         >>> from attncongruence.capture.product import Operation
         >>> q, k = torch.tensor([[[[1.0], [2.0]]]]), torch.tensor([[[[3.0], [5.0]]]])
@@ -36,7 +41,10 @@ class CapturedAttention(ScoreSource):
 
     def __init__(self, layer: str, operation: Operation) -> None:
         self.layer = layer
-        self._operation = operation.four_d()
+        self._operation = operation = operation.four_d()
+        self.lengths = operation.lengths
+        self.batch_size, self.heads = operation.main.shape[:2]
+        self.device = operation.main.device
         self._scores: Tensor | None = None
 
     @property
@@ -117,47 +125,21 @@ class CapturedAttention(ScoreSource):
     def __getitem__(self, samples: Any) -> "CapturedAttention":
         """The same record for some samples only: an int, slice, list, index tensor or boolean mask over the batch."""
         index = [samples] if isinstance(samples, int) else samples
-        operation, batch = self._operation, self.batch_size
 
         def pick(tensor: Tensor) -> Tensor:
-            return tensor if tensor.shape[0] == 1 != batch else tensor[index]
+            return tensor if tensor.shape[0] == 1 != self.batch_size else tensor[index]
 
-        query, key, logits = (
-            None if t is None else pick(t) for t in (operation.query, operation.key, operation.logits)
-        )
-        masks = tuple((pick(mask), factor) for mask, factor in operation.masks)
-        part = dataclasses.replace(operation, query=query, key=key, logits=logits, masks=masks)
-        return CapturedAttention(self.layer, part)
+        return CapturedAttention(self.layer, self._operation.each(pick))
 
     def __repr__(self) -> str:
         length, keys = self.lengths
         return f"CapturedAttention({self.layer!r}, batch={self.batch_size}, queries={length}, keys={keys})"
 
     @property
-    def lengths(self) -> tuple[int, int]:
-        """Number of queries and of keys, without computing the scores."""
-        return self._operation.lengths
-
-    @property
-    def device(self) -> torch.device:
-        """Where the layer ran."""
-        return self._operation.main.device
-
-    @property
     def requires_grad(self) -> bool:
         """Whether a loss on this record reaches the model."""
         tensors = (self._operation.query, self._operation.key, self._operation.logits)
         return any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-    @property
-    def batch_size(self) -> int:
-        """Number of samples, without computing the scores."""
-        return self._operation.main.shape[0]
-
-    @property
-    def heads(self) -> int:
-        """Number of heads, of the queries where they are grouped, without computing the scores."""
-        return self._operation.main.shape[1]
 
     @cached_property
     def _only_masked(self) -> bool:

@@ -13,7 +13,7 @@ from attncongruence.capture import messages
 from attncongruence.capture.find import Finder, Log, crosses, find_attention, select_modules, self_attention
 from attncongruence.capture.product import Operation
 from attncongruence.capture.record import CapturedAttention
-from attncongruence.capture.watch import Watch, forward_raised, hook_module, uncompiled_hook, unhook
+from attncongruence.capture.watch import Watch, hook_module, uncompiled_hook, unhook
 
 _MANY = 32
 Layers = int | str | nn.Module | Iterable[int | str | nn.Module]
@@ -149,7 +149,7 @@ class AttentionCapture:
         with_grad = torch.is_grad_enabled()
         self._ran, self._ran_with_grad = True, self._ran_with_grad or with_grad
         for watch in self._watches:
-            watch.drop_stale()
+            watch.thread.stop()
             watch.compiled.take()  # left by a recomputation in backward
             # nn.TransformerEncoderLayer leaves its fast path when a hook is on: validation runs without them.
             if not (with_grad or self.analysis):
@@ -161,9 +161,9 @@ class AttentionCapture:
             return
         self._thread.running = False
         for watch in self._watches:
-            self._on_forward_end(watch, watch.compiled.take())
+            self._on_forward_end(watch.name, watch.compiled.take())
             watch.attach()
-        if forward_raised(result, self._thread.error_before):
+        if result is None and sys.exc_info()[1] is not self._thread.error_before:  # forward raised
             self._forget_pass()
         if not self._warned and len(self._records) > _MANY * max(1, len(self._watches)):
             self._warned = True
@@ -172,13 +172,13 @@ class AttentionCapture:
     def _forget_pass(self) -> None:
         self._records = [(token, record) for token, record in self._records if token is not self._thread.token]
 
-    def _on_forward_end(self, watch: Watch, operations: list[Operation]) -> None:
+    def _on_forward_end(self, name: str, operations: list[Operation]) -> None:
         """A watched layer's forward ended."""
-        keep, count = self._keep.get(watch.name), self._thread.count
+        keep, count = self._keep.get(name), self._thread.count
         for operation in operations:
-            number = count[watch.name] = count.get(watch.name, -1) + 1
+            number = count[name] = count.get(name, -1) + 1
             if keep is None or number in keep:
-                self._records.append((self._thread.token, CapturedAttention(watch.name, operation)))
+                self._records.append((self._thread.token, CapturedAttention(name, operation)))
 
     def _on_pass_end(self, log: Log, whole: bool) -> None:
         """A forward pass ended in which layers are looked for."""

@@ -11,17 +11,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from attncongruence import _compat
-from attncongruence.capture.product import (
-    PRODUCTS,
-    RESHAPES,
-    Operation,
-    after,
-    factors_of,
-    of_product,
-    of_sdpa,
-    softmax_logits,
-    tensors_in,
-)
+from attncongruence.capture import product
+from attncongruence.capture.product import Operation, tensors_in
 
 
 class Lineage:
@@ -75,7 +66,7 @@ class Trail:
     def __init__(self, lineage: Lineage | None = None) -> None:
         self.lineage = lineage
         self._made: dict[int, _Made] = {}
-        self._folds: dict[int, tuple[int, int]] = {}
+        self.folds: dict[int, tuple[int, int]] = {}  # (batch, heads) by their product, where a reshape told
 
     def follow(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object) -> None:
         """Takes note of one torch function after it ran; `name` is its name without underscores."""
@@ -83,11 +74,11 @@ class Trail:
             self.lineage.follow(args, kwargs, result)
         if not isinstance(result, Tensor) or result.ndim < 3:
             return
-        if name in RESHAPES and args and isinstance(args[0], Tensor):
+        if name in product.RESHAPES and args and isinstance(args[0], Tensor):
             self._note_fold(args[0], result)
         operation = None
-        if name in PRODUCTS:
-            operation = self._product(name, factors_of(args, kwargs), kwargs)
+        if name in product.PRODUCTS:
+            operation = self._product(name, args, kwargs)
         elif self._made:
             operation = self._derived(name, args, kwargs, result)
         if operation is not None:
@@ -95,7 +86,7 @@ class Trail:
 
     def at_sdpa(self, *args: Any, **kwargs: Any) -> Operation:
         """What is known about a call of `scaled_dot_product_attention`."""
-        operation = of_sdpa(*args, **kwargs)
+        operation = product.of_sdpa(*args, **kwargs)
         return self._mark_cross(operation, operation.query, operation.key)
 
     def at_softmax(self, logits: Tensor) -> Operation:
@@ -104,10 +95,6 @@ class Trail:
         if operation is None:
             return Operation(logits=logits, from_product=False)
         return dataclasses.replace(operation, logits=logits)
-
-    def fold_of(self, size: int) -> tuple[int, int] | None:
-        """`(batch, heads)` of a first dimension of this size, if a reshape told."""
-        return self._folds.get(size)
 
     def _mark_cross(self, operation: Operation, *factors: object) -> Operation:
         if self.lineage is None or not self.lineage.differ(*factors):
@@ -131,13 +118,15 @@ class Trail:
     def _note_fold(self, before: Tensor, after: Tensor) -> None:
         wide, flat = (before, after) if before.ndim == 4 else (after, before)
         if wide.ndim == 4 and flat.ndim == 3 and flat.shape == (wide.shape[0] * wide.shape[1], *wide.shape[2:]):
-            self._folds.setdefault(flat.shape[0], (wide.shape[0], wide.shape[1]))
+            self.folds.setdefault(flat.shape[0], (wide.shape[0], wide.shape[1]))
 
     def _product(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Operation | None:
+        # baddbmm(alibi, batch1=query, batch2=key), matmul(query, other=key)
+        args = (*args, *(kwargs[key] for key in product.FACTORS if key in kwargs))
         factors = tensors_in(args)[-2:]
         if any((known := self._known(t)) is not None and not known.from_product for t in factors):
             return None  # probabilities times values
-        operation = of_product(name, args, kwargs)
+        operation = product.of_product(name, args, kwargs)
         return None if operation is None else self._mark_cross(operation, *factors)
 
     def _derived(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> Operation | None:
@@ -161,10 +150,12 @@ class Trail:
         opaque = operation.opaque(from_product=name != "softmax")
         # Transposed scores are for the other direction, longer ones have a sink, wider ones a bias for each head: all
         # are scores, none is scale q k^T.
-        same_shape = tensor.shape == result.shape or (name in RESHAPES and tensor.shape[-2:] == result.shape[-2:])
+        same_shape = tensor.shape == result.shape or (
+            name in product.RESHAPES and tensor.shape[-2:] == result.shape[-2:]
+        )
         if operation.query is None or not same_shape or name == "softmax":
             return opaque
-        return after(name, operation, tensor, args, kwargs) or opaque
+        return product.after(name, operation, tensor, args, kwargs) or opaque
 
 
 class AttentionMode(TorchFunctionMode):
@@ -189,7 +180,7 @@ class AttentionMode(TorchFunctionMode):
         name = str(getattr(func, "__name__", "")).strip("_")
         if func is F.scaled_dot_product_attention:
             self.on_operation(self.trail.at_sdpa(*args, **kwargs))
-        elif name == "softmax" and (logits := softmax_logits(*args, **kwargs)) is not None:
+        elif name == "softmax" and (logits := product.softmax_logits(*args, **kwargs)) is not None:
             self.on_operation(self.trail.at_softmax(logits))
         self.trail.follow(name, args, kwargs, result)
         return result
@@ -225,8 +216,8 @@ class CompiledMode(TorchFunctionMode):
         found = []
         for is_sdpa, args, kwargs in taken:
             if is_sdpa:
-                found.append(of_sdpa(*args, **kwargs))
-            elif (logits := softmax_logits(*args, **kwargs)) is not None:
+                found.append(product.of_sdpa(*args, **kwargs))
+            elif (logits := product.softmax_logits(*args, **kwargs)) is not None:
                 found.append(Operation(logits=logits))
         return found
 
@@ -241,13 +232,14 @@ def pop_mode(mode: TorchFunctionMode) -> None:
     TorchFunctionMode.__exit__(mode, None, None, None)
 
 
-def remove_mode(mode: TorchFunctionMode) -> None:
-    """Takes one mode off the stack, wherever it is, and leaves the others in order."""
+def remove_mode(mode: TorchFunctionMode) -> bool:
+    """Takes one mode off the stack, wherever it is, and leaves the others in order; False if it was not there."""
     stack = _compat.function_modes()
     place = next((i for i, other in enumerate(stack) if other is mode), None)
     if place is None:
-        return
+        return False
     for other in reversed(stack[place:]):
         pop_mode(other)
     for other in stack[place + 1 :]:
         push_mode(other)
+    return True

@@ -1,6 +1,5 @@
 """Watches one module: hooks that switch a mode on before its forward and off after it."""
 
-import dataclasses
 import functools
 import sys
 import threading
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from attncongruence import _compat
 from attncongruence.capture.kernels import do_nothing, show_kernel
 from attncongruence.capture.product import Operation
-from attncongruence.capture.trace import AttentionMode, CompiledMode, pop_mode, push_mode, remove_mode
+from attncongruence.capture.trace import AttentionMode, CompiledMode, Lineage, pop_mode, push_mode, remove_mode
 
 
 class Hook:
@@ -74,10 +73,8 @@ def unhook(handles: list[Any]) -> None:
         handles.pop().remove()
 
 
-def forward_raised(result: object, error_before: BaseException | None) -> bool:
-    """Whether a hook after forward was called because forward raised; a forward that returns None did not."""
-    return result is None and sys.exc_info()[1] is not error_before
-
+Log = list[tuple[str, Operation]]
+"""Attention operations in order of execution, each with the name of its module."""
 
 _FAST = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
@@ -101,33 +98,69 @@ def refuse_replica(module: nn.Module) -> None:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Running:
-    """One forward pass of a watched module."""
+class Recording:
+    """One forward pass under a mode: the modules that run, and the attention operations seen in them, in order.
 
-    mode: AttentionMode
-    operations: list[Operation]
-    error_before: BaseException | None
-    restore_kernel: Callable[[], None]
+    Args:
+        whole: of a whole model, so that inputs are told apart and softmaxes that weigh no keys are dropped at once.
+    """
+
+    def __init__(self, *, whole: bool = False) -> None:
+        self.path: list[tuple[str, Callable[[], None]]] = []  # names, and what to do when the module has run
+        self._error_before = sys.exc_info()[1]
+        self._log: Log = []
+        self._whole = whole
+        self._mode = AttentionMode(self._note, Lineage() if whole else None)
+        push_mode(self._mode)
+
+    def _note(self, operation: Operation) -> None:
+        if operation.from_product or not self._whole:
+            self._log.append((self.path[-1][0], operation))
+
+    def enter(self, name: str, module: nn.Module, *, watched: bool = True, attends: bool = True) -> None:
+        """A module begins to run; unwatched, the mode is off until it has run."""
+        at_exit = show_kernel(module) if watched and attends else do_nothing
+        if not watched and remove_mode(self._mode):
+            at_exit = functools.partial(push_mode, self._mode)
+        self.path.append((name, at_exit))
+
+    def leave(self) -> None:
+        """The last module has run."""
+        _, at_exit = self.path.pop()
+        at_exit()
+
+    def raised(self, result: object) -> bool:
+        """Whether a hook after forward was called because forward raised; a forward that returns None did not."""
+        return result is None and sys.exc_info()[1] is not self._error_before
+
+    def stop(self) -> Log:
+        """Switches the mode off, also late, when an interrupt skipped the end."""
+        while self.path:
+            self.leave()
+        remove_mode(self._mode)
+        return [(name, operation.four_d(self._mode.trail.folds)) for name, operation in self._log]
 
 
-class _ThisThread(threading.local):
-    running: _Running | None = None
+class ThisThread(threading.local):
+    """The recording that runs in this thread."""
+
+    recording: Recording | None = None
+
+    def stop(self) -> Log:
+        """Ends it, if there is one."""
+        recording, self.recording = self.recording, None
+        return [] if recording is None else recording.stop()
 
 
 class Watch:
-    """The hooks of one module; `on_forward_end(watch, operations)` gets the attention operations of each forward."""
+    """The hooks of one module; `on_forward_end(name, operations)` gets the attention operations of each forward."""
 
     def __init__(
-        self,
-        module: nn.Module,
-        name: str,
-        analysis: bool,
-        on_forward_end: Callable[["Watch", list[Operation]], None],
+        self, module: nn.Module, name: str, analysis: bool, on_forward_end: Callable[[str, list[Operation]], None]
     ) -> None:
         self.module, self.name, self.analysis, self.on_forward_end = module, name, analysis, on_forward_end
         self.entered = self.skipped_without_grad = self.closed = False
-        self._thread = _ThisThread()
+        self.thread = ThisThread()
         self.compiled = CompiledMode()
         self._handles: list[Any] = []
         self.attach()
@@ -135,7 +168,7 @@ class Watch:
     def attach(self) -> None:
         """Puts the hooks on, if they are off."""
         if not self._handles:
-            self._handles = hook_module(self.module, Hook(self.enter), Hook(self.leave))
+            self._handles = hook_module(self.module, Hook(self._enter), Hook(self._leave))
 
     def detach(self) -> None:
         """Takes the hooks off, if they are on."""
@@ -145,11 +178,10 @@ class Watch:
         """Takes the hooks off for good and lets go of everything."""
         self.closed = True
         self.detach()
-        self.drop_stale()
+        self.thread.stop()
         self.compiled.take()
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-        """Before forward: switches the mode on."""
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         if kwargs is None:  # the model itself is watched, and its own hook has just taken this one off
             return
         if torch.compiler.is_compiling():
@@ -158,7 +190,7 @@ class Watch:
                 self.compiled.slot = ()
                 push_mode(self.compiled)
             return
-        self.drop_stale()
+        self.thread.stop()
         refuse_replica(module)
         # Checkpointing calls forward again in backward; the module was seen before.
         if module is not self.module or _compat.in_backward():
@@ -167,30 +199,17 @@ class Watch:
         if not (self.analysis or torch.is_grad_enabled()):
             self.skipped_without_grad = True
         elif not on_torch_fast_path(module, (*args, *kwargs.values())):
-            operations: list[Operation] = []
-            mode = AttentionMode(operations.append)
-            self._thread.running = _Running(mode, operations, sys.exc_info()[1], show_kernel(module))
-            push_mode(mode)
+            self.thread.recording = Recording()
+            self.thread.recording.enter(self.name, module)
 
-    def leave(self, module: nn.Module, args: object, result: object) -> None:
-        """After forward, also after one that raised: switches the mode off and hands over what it saw."""
+    def _leave(self, module: nn.Module, args: object, result: object) -> None:
         if torch.compiler.is_compiling():
             if not self.closed and (self.analysis or torch.is_grad_enabled()):
                 pop_mode(self.compiled)
             return
-        running = self._thread.running
-        if running is None or module is not self.module:
-            return
-        self.drop_stale()
-        if not forward_raised(result, running.error_before):
-            # Softmaxes that weigh no keys (gates, routers) are dropped, unless nothing else was seen.
-            operations = [o for o in running.operations if o.from_product] or running.operations
-            self.on_forward_end(self, [o.four_d(running.mode.trail.fold_of) for o in operations])
-
-    def drop_stale(self) -> None:
-        """Takes this thread's mode off the stack: at the end, or late, when an interrupt skipped the end."""
-        running = self._thread.running
-        if running is not None:
-            running.restore_kernel()
-            remove_mode(running.mode)
-            self._thread.running = None
+        recording = self.thread.recording
+        if recording is not None and module is self.module:
+            operations = [operation for _, operation in self.thread.stop()]
+            if not recording.raised(result):
+                # Softmaxes that weigh no keys (gates, routers) are dropped, unless nothing else was seen.
+                self.on_forward_end(self.name, [o for o in operations if o.from_product] or operations)
