@@ -11,17 +11,15 @@ from torch import nn
 
 from attncongruence import _compat
 from attncongruence.capture import messages
-from attncongruence.capture.product import Operation
+from attncongruence.capture.product import Log, Operation
 from attncongruence.capture.watch import (
-    Log,
     Recording,
-    ThisThread,
+    Watcher,
     eager_pass_hooks,
     hook_module,
     on_torch_fast_path,
     refuse_replica,
     uncompiled_hook,
-    unhook,
 )
 
 _WRAPPERS = re.compile(rf"(?:^|\.)(?:{'|'.join(_compat.WRAPPERS)})(?=\.|$)")
@@ -86,7 +84,10 @@ def select_modules(model: nn.Module, layers: Iterable[str | nn.Module]) -> dict[
         if not names:
             names = [name for name, module in named.items() if module is _module(model, layer)]
         if not names:
-            raise ValueError(messages.no_such_layer(model, layer, find_attention(model)))
+            wrong = f"the given {type(layer).__name__} is not a module of this {type(model).__name__}"
+            if isinstance(layer, str):
+                wrong = f"no module is called {layer!r}"
+            raise ValueError(messages.NO_SUCH_LAYER.format(wrong, messages.some(find_attention(model))))
         chosen.update(names)
     return {name: module for name, module in named.items() if name in chosen}
 
@@ -99,18 +100,16 @@ def _module(model: nn.Module, layer: str | nn.Module) -> nn.Module | None:
         return None
 
 
-class Finder:
-    """Watches whole forward passes; `on_pass_end(log, whole)` gets the attention operations of each.
+class Finder(Watcher):
+    """Watches all modules of a model, and calls `on_end("", log)` when the model has run.
 
-    The name in the log is that of the innermost module with parameters, so that a `nn.Softmax` or `nn.Dropout` called
-    on the way does not stand for the attention it is part of. A pass is an outermost call of any module: `whole` says
-    whether it was the model's own forward, and not that of a part which someone called directly.
+    The names in the log are those of the innermost modules with parameters, so that a `nn.Softmax` or `nn.Dropout`
+    called on the way does not stand for the attention it is part of. Where a part of the model was called by itself,
+    `on_end` gets its name.
     """
 
-    def __init__(self, model: nn.Module, analysis: bool, on_pass_end: Callable[[Log, bool], None]) -> None:
-        self.analysis, self.on_pass_end = analysis, on_pass_end
-        self._thread = ThisThread()
-        self._handles: list[Any] = []
+    def __init__(self, model: nn.Module, analysis: bool, on_end: Callable[[str, Log], None]) -> None:
+        super().__init__(analysis, on_end)
         self._candidates = set(find_attention(model))
         for name, module in named_modules(model).items():
             if module is model or _has_parameters(module):
@@ -122,28 +121,13 @@ class Finder:
     def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         refuse_replica(module)
         if not name:
-            self._thread.stop()  # an interrupt skipped the end of the last pass
-        if self._thread.recording is None:
+            self.thread.stop()  # an interrupt skipped the end of the last pass
+        if self.thread.recording is None:
             if _compat.in_backward() or not (self.analysis or torch.is_grad_enabled()):
                 return
-            self._thread.recording = Recording(whole=True)
+            self.thread.recording = Recording(whole=True)
         watched = self.analysis or not on_torch_fast_path(module, (*args, *kwargs.values()))
-        self._thread.recording.enter(name, module, watched=watched, attends=name in self._candidates)
-
-    def _leave(self, name: str, module: nn.Module, args: object, result: object) -> None:
-        recording = self._thread.recording
-        if recording is None:
-            return
-        recording.leave()
-        if not recording.path:
-            log = self._thread.stop()
-            if not recording.raised(result):
-                self.on_pass_end(log, not name)
-
-    def close(self) -> None:
-        """Takes all hooks off, and the mode of a pass that was cut short."""
-        unhook(self._handles)
-        self._thread.stop()
+        self.thread.recording.enter(name, module, watched=watched, attends=name in self._candidates)
 
 
 def self_attention(log: Log) -> list[tuple[str, int, Operation]]:

@@ -98,6 +98,10 @@ class Operation:
         return self.each(view)
 
 
+Log = list[tuple[str, Operation]]
+"""Attention operations in order of execution, each with the name of its module."""
+
+
 def tensors_in(values: Iterable[Any]) -> list[Tensor]:
     """All tensors among some arguments, also in lists and tuples."""
     flat: list[Tensor] = []

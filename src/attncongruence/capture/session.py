@@ -10,8 +10,8 @@ from torch import nn
 
 from attncongruence import _compat
 from attncongruence.capture import messages
-from attncongruence.capture.find import Finder, Log, crosses, find_attention, select_modules, self_attention
-from attncongruence.capture.product import Operation
+from attncongruence.capture.find import Finder, crosses, find_attention, select_modules, self_attention
+from attncongruence.capture.product import Log
 from attncongruence.capture.record import CapturedAttention
 from attncongruence.capture.watch import Watch, hook_module, uncompiled_hook, unhook
 
@@ -66,7 +66,7 @@ class AttentionCapture:
         self._records: list[tuple[object, CapturedAttention]] = []  # each with its forward pass
         self._watches: list[Watch] = []
         self._finder: Finder | None = None
-        self._partial: Log = []  # of passes through parts of the model
+        self._log: Log = []  # what attended in passes through parts of the model
         self._keep: dict[str, set[int]] = {}  # which operations of a layer, where it attends several times
         self._thread = _ThisThread()
         self._ran = self._ran_with_grad = False
@@ -88,9 +88,10 @@ class AttentionCapture:
         Raises:
             RuntimeError: there is none, there are several, or no gradient can flow from it; the message says why.
         """
-        self._choose_from_parts()
-        if len(self._records) > 1:
-            raise RuntimeError(messages.several_records([record.layer for _, record in self._records]))
+        records = self._waiting()
+        if len(records) > 1:
+            names = ", ".join(record.layer for record in records[:8])
+            raise RuntimeError(messages.SEVERAL.format(len(records), names))
         return self.pop_all()[0]
 
     def pop_all(self) -> list[CapturedAttention]:
@@ -99,9 +100,7 @@ class AttentionCapture:
         Raises:
             RuntimeError: there is none, or no gradient can flow from one; the message says why.
         """
-        self._choose_from_parts()
-        records = [record for _, record in self._records]
-        self._records = []
+        records, self._records = self._waiting(), []
         if not self._thread.running:
             self._thread.count = {}
         if not records:
@@ -116,7 +115,7 @@ class AttentionCapture:
 
     def forget(self) -> None:
         """Drops all records since the last pop, however many there are."""
-        self._records, self._partial = [], []
+        self._records, self._log = [], []
 
     def close(self) -> None:
         """Takes every hook off and forgets all records: the model is as it was found."""
@@ -137,7 +136,7 @@ class AttentionCapture:
 
     def _watch(self, layers: Iterable[str | nn.Module]) -> None:
         for name, module in select_modules(self.model, layers).items():
-            self._watches.append(Watch(module, name, self.analysis, self._on_forward_end))
+            self._watches.append(Watch(module, name, self.analysis, self._on_layer_end))
 
     def _begin(self, module: nn.Module, args: object, kwargs: object) -> None:
         """Before the model's own forward."""
@@ -161,7 +160,7 @@ class AttentionCapture:
             return
         self._thread.running = False
         for watch in self._watches:
-            self._on_forward_end(watch.name, watch.compiled.take())
+            self._on_layer_end(watch.name, watch.compiled_log())
             watch.attach()
         if result is None and sys.exc_info()[1] is not self._thread.error_before:  # forward raised
             self._forget_pass()
@@ -172,38 +171,39 @@ class AttentionCapture:
     def _forget_pass(self) -> None:
         self._records = [(token, record) for token, record in self._records if token is not self._thread.token]
 
-    def _on_forward_end(self, name: str, operations: list[Operation]) -> None:
-        """A watched layer's forward ended."""
+    def _on_layer_end(self, name: str, log: Log) -> None:
+        """A watched layer has run."""
         keep, count = self._keep.get(name), self._thread.count
-        for operation in operations:
+        for _, operation in log:
             number = count[name] = count.get(name, -1) + 1
             if keep is None or number in keep:
                 self._records.append((self._thread.token, CapturedAttention(name, operation)))
 
-    def _on_pass_end(self, log: Log, whole: bool) -> None:
-        """A forward pass ended in which layers are looked for."""
-        if not whole:
-            self._partial += log
-            return
-        self._partial = []
-        self._choose(log)
+    def _on_pass_end(self, name: str, log: Log) -> None:
+        """The model, or a part of it that was called by itself, has run, and layers by number are not chosen yet."""
+        self._log = log if not name else self._log + log
+        if not name:
+            self._choose()
 
-    def _choose_from_parts(self) -> None:
-        # The model's own forward never ran, but parts of it did (a wrapper calls them): they were the pass.
-        if self._finder is not None and self._partial:
-            log, self._partial = self._partial, []
-            self._choose(log)
+    def _waiting(self) -> list[CapturedAttention]:
+        # Where only parts of the model have run (a wrapper calls them), they were the pass.
+        if self._finder is not None and self._log:
+            self._choose()
+        return [record for _, record in self._records]
 
-    def _choose(self, log: Log) -> None:
+    def _choose(self) -> None:
+        log, self._log = self._log, []
         found = self_attention(log)
         try:
             chosen = [found[index] for index in self._indices]
         except IndexError:
-            self._trouble = messages.index_out_of_range(self._indices, len(found), log)
+            self._trouble = messages.OUT_OF_RANGE.format(self._indices, len(found), messages.operations(log))
             return
         for name, _, operation in chosen:
-            if crossed := [other for other, o in log if crosses(o) and o.lengths[0] == operation.lengths[0]]:
-                warnings.warn(messages.two_streams(name, crossed), stacklevel=2)
+            crossed = dict.fromkeys(n for n, o in log if crosses(o) and o.lengths[0] == operation.lengths[0])
+            if crossed:
+                others = ", ".join([*crossed][-3:])
+                warnings.warn(messages.TWO_STREAMS.format(name or "the model itself", others), stacklevel=2)
         self._records += [(self._thread.token, CapturedAttention(name, operation)) for name, _, operation in chosen]
         if self._finder is None:  # another thread was first
             return
@@ -220,11 +220,12 @@ class AttentionCapture:
             return messages.CLOSED
         entered = any(watch.entered for watch in self._watches)
         if not self._ran and not entered:
-            return messages.TAKEN if self._popped else messages.never_ran(self.model, find_attention(self.model))
+            never_ran = messages.NEVER_RAN.format(type(self.model).__name__, messages.some(find_attention(self.model)))
+            return messages.TAKEN if self._popped else never_ran
         if any(watch.skipped_without_grad for watch in self._watches) or (self._ran and not self._ran_with_grad):
             return messages.GRADIENTS_OFF
         if self._watches and not entered:
-            return messages.layer_never_ran(watch.name for watch in self._watches)
+            return messages.LAYER_NEVER_RAN.format(", ".join(watch.name for watch in self._watches))
         return self._trouble + messages.nothing_seen(find_attention(self.model))
 
 
@@ -246,7 +247,7 @@ def _by_number_or_not(layers: Layers) -> tuple[list[int], list[str | nn.Module]]
     choice = [layers] if isinstance(layers, int | str | nn.Module) else list(layers)
     for layer in choice:
         if isinstance(layer, bool) or not isinstance(layer, int | str | nn.Module):
-            raise ValueError(messages.wrong_layer(layer))
+            raise ValueError(messages.WRONG_LAYER.format(layer, type(layer).__name__))
     if not choice:
         raise ValueError("layers is empty: name at least one, or leave it out for the last self-attention")
     return [c for c in choice if isinstance(c, int)], [c for c in choice if not isinstance(c, int)]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from attncongruence import _compat
+from attncongruence.capture import messages
 from attncongruence.capture.kernels import do_nothing, show_kernel
-from attncongruence.capture.product import Operation
+from attncongruence.capture.product import Log, Operation
 from attncongruence.capture.trace import AttentionMode, CompiledMode, Lineage, pop_mode, push_mode, remove_mode
 
 
@@ -73,9 +74,6 @@ def unhook(handles: list[Any]) -> None:
         handles.pop().remove()
 
 
-Log = list[tuple[str, Operation]]
-"""Attention operations in order of execution, each with the name of its module."""
-
 _FAST = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
@@ -92,17 +90,15 @@ def on_torch_fast_path(module: nn.Module, args: Iterable[object]) -> bool:
 def refuse_replica(module: nn.Module) -> None:
     """Raises in a copy that torch.nn.DataParallel made for one step: hooks are shared with it, nothing else is."""
     if _compat.is_replica(module):
-        raise RuntimeError(
-            f"this {type(module).__name__} is a replica of torch.nn.DataParallel, whose copies capture cannot follow. "
-            "Use DistributedDataParallel (one process per device), or one device."
-        )
+        name = type(module).__name__
+        raise RuntimeError(f"this {name} is a replica of torch.nn.DataParallel. {messages.DATA_PARALLEL}")
 
 
 class Recording:
     """One forward pass under a mode: the modules that run, and the attention operations seen in them, in order.
 
     Args:
-        whole: of a whole model, so that inputs are told apart and softmaxes that weigh no keys are dropped at once.
+        whole: of a whole model: its inputs are told apart, and only softmaxes over products are noted.
     """
 
     def __init__(self, *, whole: bool = False) -> None:
@@ -138,7 +134,9 @@ class Recording:
         while self.path:
             self.leave()
         remove_mode(self._mode)
-        return [(name, operation.four_d(self._mode.trail.folds)) for name, operation in self._log]
+        # Softmaxes that weigh no keys (gates, routers) are dropped, unless nothing else was seen.
+        log = [(name, operation) for name, operation in self._log if operation.from_product] or self._log
+        return [(name, operation.four_d(self._mode.trail.folds)) for name, operation in log]
 
 
 class ThisThread(threading.local):
@@ -152,23 +150,43 @@ class ThisThread(threading.local):
         return [] if recording is None else recording.stop()
 
 
-class Watch:
-    """The hooks of one module; `on_forward_end(name, operations)` gets the attention operations of each forward."""
+class Watcher:
+    """Hooks on modules; `on_end(name, log)` is called when the outermost of them has run, with what attended in it."""
 
-    def __init__(
-        self, module: nn.Module, name: str, analysis: bool, on_forward_end: Callable[[str, list[Operation]], None]
-    ) -> None:
-        self.module, self.name, self.analysis, self.on_forward_end = module, name, analysis, on_forward_end
-        self.entered = self.skipped_without_grad = self.closed = False
+    def __init__(self, analysis: bool, on_end: Callable[[str, Log], None]) -> None:
+        self.analysis, self.on_end = analysis, on_end
         self.thread = ThisThread()
-        self.compiled = CompiledMode()
         self._handles: list[Any] = []
+
+    def close(self) -> None:
+        """Takes the hooks off, and the mode of a pass that was cut short."""
+        unhook(self._handles)
+        self.thread.stop()
+
+    def _leave(self, name: str, module: nn.Module, args: object, result: object) -> None:
+        recording = self.thread.recording
+        if recording is not None:
+            recording.leave()
+            if not recording.path:
+                log = self.thread.stop()
+                if not recording.raised(result):
+                    self.on_end(name, log)
+
+
+class Watch(Watcher):
+    """Watches one module."""
+
+    def __init__(self, module: nn.Module, name: str, analysis: bool, on_end: Callable[[str, Log], None]) -> None:
+        super().__init__(analysis, on_end)
+        self.module, self.name = module, name
+        self.entered = self.skipped_without_grad = self.closed = False
+        self.compiled = CompiledMode()
         self.attach()
 
     def attach(self) -> None:
         """Puts the hooks on, if they are off."""
         if not self._handles:
-            self._handles = hook_module(self.module, Hook(self._enter), Hook(self._leave))
+            self._handles = hook_module(self.module, Hook(self._before), Hook(self._after))
 
     def detach(self) -> None:
         """Takes the hooks off, if they are on."""
@@ -177,11 +195,14 @@ class Watch:
     def close(self) -> None:
         """Takes the hooks off for good and lets go of everything."""
         self.closed = True
-        self.detach()
-        self.thread.stop()
-        self.compiled.take()
+        super().close()
+        self.compiled_log()
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+    def compiled_log(self) -> Log:
+        """What compiled code left since the last call."""
+        return [(self.name, operation) for operation in self.compiled.take()]
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         if kwargs is None:  # the model itself is watched, and its own hook has just taken this one off
             return
         if torch.compiler.is_compiling():
@@ -202,14 +223,9 @@ class Watch:
             self.thread.recording = Recording()
             self.thread.recording.enter(self.name, module)
 
-    def _leave(self, module: nn.Module, args: object, result: object) -> None:
-        if torch.compiler.is_compiling():
-            if not self.closed and (self.analysis or torch.is_grad_enabled()):
-                pop_mode(self.compiled)
-            return
-        recording = self.thread.recording
-        if recording is not None and module is self.module:
-            operations = [operation for _, operation in self.thread.stop()]
-            if not recording.raised(result):
-                # Softmaxes that weigh no keys (gates, routers) are dropped, unless nothing else was seen.
-                self.on_forward_end(self.name, [o for o in operations if o.from_product] or operations)
+    def _after(self, module: nn.Module, args: object, result: object) -> None:
+        if not torch.compiler.is_compiling():
+            if module is self.module:
+                self._leave(self.name, module, args, result)
+        elif not self.closed and (self.analysis or torch.is_grad_enabled()):
+            pop_mode(self.compiled)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from attncongruence import _compat
-from attncongruence.capture.find import Finder, Log
+from attncongruence.capture.find import Finder
+from attncongruence.capture.product import Log
 from attncongruence.doctor.report import Overhead
 from attncongruence.training.outputs import loss_in
 
@@ -31,7 +32,7 @@ def call(model: nn.Module, batch: Inputs) -> Any:
 def watched(model: nn.Module, batch: Inputs) -> Log:
     """Every attention operation of one forward pass, in order."""
     logs: list[Log] = []
-    finder = Finder(model, True, lambda log, whole: logs.append(log))
+    finder = Finder(model, True, lambda name, log: logs.append(log))
     try:
         call(model, batch)
     finally:

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from attncongruence.capture import CapturedAttention
-from attncongruence.capture.find import Log, find_attention, select_modules, self_attention
+from attncongruence.capture.find import find_attention, select_modules, self_attention
 from attncongruence.capture.messages import nothing_seen
+from attncongruence.capture.product import Log
 from attncongruence.doctor import where
 from attncongruence.doctor.bench import Inputs
 from attncongruence.doctor.measure import share

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attncongruence.capture.find import Log
+from attncongruence.capture.product import Log
 from attncongruence.capture.record import CapturedAttention
 from attncongruence.doctor.bench import Inputs, watched
 from attncongruence.layout import TokenLayout
