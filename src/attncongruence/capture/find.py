@@ -13,7 +13,6 @@ from attncongruence import _compat
 from attncongruence.capture import messages
 from attncongruence.capture.product import Log, Operation
 from attncongruence.capture.watch import (
-    Recording,
     Watcher,
     eager_pass_hooks,
     hook_module,
@@ -109,7 +108,7 @@ class Finder(Watcher):
     """
 
     def __init__(self, model: nn.Module, analysis: bool, on_end: Callable[[str, Log], None]) -> None:
-        super().__init__(analysis, on_end)
+        super().__init__(analysis, on_end, whole=True)
         self._candidates = set(find_attention(model))
         for name, module in named_modules(model).items():
             if module is model or _has_parameters(module):
@@ -121,13 +120,13 @@ class Finder(Watcher):
     def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         refuse_replica(module)
         if not name:
-            self.thread.stop()  # an interrupt skipped the end of the last pass
-        if self.thread.recording is None:
+            self.recording.stop()  # an interrupt skipped the end of the last pass
+        if not self.recording.path:
             if _compat.in_backward() or not (self.analysis or torch.is_grad_enabled()):
                 return
-            self.thread.recording = Recording(whole=True)
+            self.recording.start()
         watched = self.analysis or not on_torch_fast_path(module, (*args, *kwargs.values()))
-        self.thread.recording.enter(name, module, watched=watched, attends=name in self._candidates)
+        self.recording.enter(name, module, watched=watched, attends=name in self._candidates)
 
 
 def self_attention(log: Log) -> list[tuple[str, int, Operation]]:

@@ -25,14 +25,7 @@ def do_nothing(*args: object) -> None:
 
 
 def show_kernel(module: nn.Module) -> Callable[[], None]:
-    """Makes a hidden kernel of this module visible until the returned function is called.
-
-    Args:
-        module: an attention module; any other is left alone.
-
-    Returns:
-        A function that puts everything back; calling it again does nothing.
-    """
+    """Makes a hidden kernel of an attention module visible until the returned function is called, once or again."""
     config = module.__dict__.get("config")
     kernel = _compat.kernel_of(config)
     tables = None if kernel is None or kernel in _VISIBLE else _compat.kernels()

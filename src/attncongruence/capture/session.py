@@ -13,7 +13,7 @@ from attncongruence.capture import messages
 from attncongruence.capture.find import Finder, crosses, find_attention, select_modules, self_attention
 from attncongruence.capture.product import Log
 from attncongruence.capture.record import CapturedAttention
-from attncongruence.capture.watch import Watch, hook_module, uncompiled_hook, unhook
+from attncongruence.capture.watch import Watch, hook_module, raised, uncompiled_hook, unhook
 
 _MANY = 32
 Layers = int | str | nn.Module | Iterable[int | str | nn.Module]
@@ -148,7 +148,7 @@ class AttentionCapture:
         with_grad = torch.is_grad_enabled()
         self._ran, self._ran_with_grad = True, self._ran_with_grad or with_grad
         for watch in self._watches:
-            watch.thread.stop()
+            watch.recording.stop()
             watch.compiled.take()  # left by a recomputation in backward
             # nn.TransformerEncoderLayer leaves its fast path when a hook is on: validation runs without them.
             if not (with_grad or self.analysis):
@@ -160,9 +160,9 @@ class AttentionCapture:
             return
         self._thread.running = False
         for watch in self._watches:
-            self._on_layer_end(watch.name, watch.compiled_log())
+            self._on_layer_end(watch.name, [(watch.name, o) for o in watch.compiled.take()])
             watch.attach()
-        if result is None and sys.exc_info()[1] is not self._thread.error_before:  # forward raised
+        if raised(result, self._thread.error_before):
             self._forget_pass()
         if not self._warned and len(self._records) > _MANY * max(1, len(self._watches)):
             self._warned = True

@@ -3,7 +3,7 @@
 import dataclasses
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,21 +51,14 @@ class Lineage:
         return len(set(map(self.origin, tensors)) - {None}) == 2
 
 
-class _Made(NamedTuple):
-    """How one tensor was made."""
-
-    # Weak, so that the model's intermediate scores are freed as early as they are without us.
-    tensor: weakref.ref[Tensor]
-    version: float
-    operation: Operation
-
-
 class Trail:
     """Remembers, for one forward pass, how each score-like tensor was made: from a softmax back to its q and k."""
 
     def __init__(self, lineage: Lineage | None = None) -> None:
         self.lineage = lineage
-        self._made: dict[int, _Made] = {}
+        # By id: the tensor, its version, and the operation behind it. Weak, so that the model's intermediate scores
+        # are freed as early as they are without us.
+        self._made: dict[int, tuple[weakref.ref[Tensor], float, Operation]] = {}
         self.folds: dict[int, tuple[int, int]] = {}  # (batch, heads) by their product, where a reshape told
 
     def follow(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object) -> None:
@@ -82,7 +75,7 @@ class Trail:
         elif self._made:
             operation = self._derived(name, args, kwargs, result)
         if operation is not None:
-            self._made[id(result)] = _Made(weakref.ref(result), _compat.version(result), operation)
+            self._made[id(result)] = (weakref.ref(result), _compat.version(result), operation)
 
     def at_sdpa(self, *args: Any, **kwargs: Any) -> Operation:
         """What is known about a call of `scaled_dot_product_attention`."""
@@ -101,19 +94,19 @@ class Trail:
             return operation
         return dataclasses.replace(operation, cross=True)
 
-    def _entry(self, tensor: Tensor) -> _Made | None:
+    def _remembers(self, tensor: Tensor) -> bool:
         # By identity, not by id alone: a freed tensor leaves its id to another, which dropout in eval hands through.
-        made = self._made.get(id(tensor))
-        return made if made is not None and made.tensor() is tensor else None
+        ref, *_ = self._made.get(id(tensor), (None,))
+        return ref is not None and ref() is tensor
 
     def _known(self, tensor: Tensor, *, in_place: bool = False) -> Operation | None:
         """The operation behind a tensor; opaque if something may have written to it unseen (`scores[..., 0] = 0`)."""
-        made = self._entry(tensor)
-        if made is None:
+        if not self._remembers(tensor):
             return None
+        _, version, operation = self._made[id(tensor)]
         # Inference tensors have no version, so nobody knows.
-        unchanged = not tensor.is_inference() and made.version == _compat.version(tensor) - in_place
-        return made.operation if unchanged else made.operation.opaque()
+        unchanged = not tensor.is_inference() and version == _compat.version(tensor) - in_place
+        return operation if unchanged else operation.opaque()
 
     def _note_fold(self, before: Tensor, after: Tensor) -> None:
         wide, flat = (before, after) if before.ndim == 4 else (after, before)
@@ -130,10 +123,10 @@ class Trail:
         return None if operation is None else self._mark_cross(operation, *factors)
 
     def _derived(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> Operation | None:
-        tensor = next((t for t in tensors_in((*args, *kwargs.values())) if self._entry(t) is not None), None)
+        tensor = next((t for t in tensors_in((*args, *kwargs.values())) if self._remembers(t)), None)
         if tensor is None:
             return None
-        version = self._made[id(tensor)].version
+        _, version, _ = self._made[id(tensor)]
         # In place, the remembered tensor is the result itself, one version on. With the same version, the function had
         # nothing to do, like contiguous() of a contiguous tensor.
         untouched = tensor is result and version == _compat.version(tensor)

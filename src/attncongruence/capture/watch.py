@@ -74,6 +74,11 @@ def unhook(handles: list[Any]) -> None:
         handles.pop().remove()
 
 
+def raised(result: object, error_before: BaseException | None) -> bool:
+    """Whether a hook after forward was called because forward raised; a forward that returns None did not."""
+    return result is None and sys.exc_info()[1] is not error_before
+
+
 _FAST = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
@@ -94,82 +99,72 @@ def refuse_replica(module: nn.Module) -> None:
         raise RuntimeError(f"this {name} is a replica of torch.nn.DataParallel. {messages.DATA_PARALLEL}")
 
 
-class Recording:
-    """One forward pass under a mode: the modules that run, and the attention operations seen in them, in order.
+class Recording(threading.local):
+    """A forward pass of this thread: the modules that run, and the attention operations seen in them, in order.
 
     Args:
         whole: of a whole model: its inputs are told apart, and only softmaxes over products are noted.
     """
 
+    mode: AttentionMode | None = None
+    error_before: BaseException | None = None
+
     def __init__(self, *, whole: bool = False) -> None:
+        self.whole = whole
         self.path: list[tuple[str, Callable[[], None]]] = []  # names, and what to do when the module has run
-        self._error_before = sys.exc_info()[1]
-        self._log: Log = []
-        self._whole = whole
-        self._mode = AttentionMode(self._note, Lineage() if whole else None)
-        push_mode(self._mode)
+        self.log: Log = []
+
+    def start(self) -> None:
+        """Switches a mode on."""
+        self.mode = AttentionMode(self._note, Lineage() if self.whole else None)
+        self.error_before = sys.exc_info()[1]
+        push_mode(self.mode)
 
     def _note(self, operation: Operation) -> None:
-        if operation.from_product or not self._whole:
-            self._log.append((self.path[-1][0], operation))
+        if operation.from_product or not self.whole:
+            self.log.append((self.path[-1][0], operation))
 
     def enter(self, name: str, module: nn.Module, *, watched: bool = True, attends: bool = True) -> None:
-        """A module begins to run; unwatched, the mode is off until it has run."""
-        at_exit = show_kernel(module) if watched and attends else do_nothing
-        if not watched and remove_mode(self._mode):
-            at_exit = functools.partial(push_mode, self._mode)
-        self.path.append((name, at_exit))
-
-    def leave(self) -> None:
-        """The last module has run."""
-        _, at_exit = self.path.pop()
-        at_exit()
-
-    def raised(self, result: object) -> bool:
-        """Whether a hook after forward was called because forward raised; a forward that returns None did not."""
-        return result is None and sys.exc_info()[1] is not self._error_before
+        """A module begins to run; where it is not watched, the mode is off until it has run."""
+        at_end = show_kernel(module) if watched and attends else do_nothing
+        if not watched and self.mode is not None and remove_mode(self.mode):
+            at_end = functools.partial(push_mode, self.mode)
+        self.path.append((name, at_end))
 
     def stop(self) -> Log:
         """Switches the mode off, also late, when an interrupt skipped the end."""
         while self.path:
-            self.leave()
-        remove_mode(self._mode)
+            self.path.pop()[1]()
+        mode, self.mode = self.mode, None
+        log, self.log = self.log, []
+        if mode is None:
+            return []
+        remove_mode(mode)
         # Softmaxes that weigh no keys (gates, routers) are dropped, unless nothing else was seen.
-        log = [(name, operation) for name, operation in self._log if operation.from_product] or self._log
-        return [(name, operation.four_d(self._mode.trail.folds)) for name, operation in log]
-
-
-class ThisThread(threading.local):
-    """The recording that runs in this thread."""
-
-    recording: Recording | None = None
-
-    def stop(self) -> Log:
-        """Ends it, if there is one."""
-        recording, self.recording = self.recording, None
-        return [] if recording is None else recording.stop()
+        log = [(name, operation) for name, operation in log if operation.from_product] or log
+        return [(name, operation.four_d(mode.trail.folds)) for name, operation in log]
 
 
 class Watcher:
     """Hooks on modules; `on_end(name, log)` is called when the outermost of them has run, with what attended in it."""
 
-    def __init__(self, analysis: bool, on_end: Callable[[str, Log], None]) -> None:
+    def __init__(self, analysis: bool, on_end: Callable[[str, Log], None], *, whole: bool = False) -> None:
         self.analysis, self.on_end = analysis, on_end
-        self.thread = ThisThread()
+        self.recording = Recording(whole=whole)
         self._handles: list[Any] = []
 
     def close(self) -> None:
         """Takes the hooks off, and the mode of a pass that was cut short."""
         unhook(self._handles)
-        self.thread.stop()
+        self.recording.stop()
 
     def _leave(self, name: str, module: nn.Module, args: object, result: object) -> None:
-        recording = self.thread.recording
-        if recording is not None:
-            recording.leave()
+        recording = self.recording
+        if recording.path:
+            recording.path.pop()[1]()
             if not recording.path:
-                log = self.thread.stop()
-                if not recording.raised(result):
+                log = recording.stop()
+                if not raised(result, recording.error_before):
                     self.on_end(name, log)
 
 
@@ -196,11 +191,7 @@ class Watch(Watcher):
         """Takes the hooks off for good and lets go of everything."""
         self.closed = True
         super().close()
-        self.compiled_log()
-
-    def compiled_log(self) -> Log:
-        """What compiled code left since the last call."""
-        return [(self.name, operation) for operation in self.compiled.take()]
+        self.compiled.take()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         if kwargs is None:  # the model itself is watched, and its own hook has just taken this one off
@@ -211,7 +202,7 @@ class Watch(Watcher):
                 self.compiled.slot = ()
                 push_mode(self.compiled)
             return
-        self.thread.stop()
+        self.recording.stop()
         refuse_replica(module)
         # Checkpointing calls forward again in backward; the module was seen before.
         if module is not self.module or _compat.in_backward():
@@ -220,8 +211,8 @@ class Watch(Watcher):
         if not (self.analysis or torch.is_grad_enabled()):
             self.skipped_without_grad = True
         elif not on_torch_fast_path(module, (*args, *kwargs.values())):
-            self.thread.recording = Recording()
-            self.thread.recording.enter(self.name, module)
+            self.recording.start()
+            self.recording.enter(self.name, module)
 
     def _after(self, module: nn.Module, args: object, result: object) -> None:
         if not torch.compiler.is_compiling():
