@@ -1,7 +1,5 @@
 """CapturedAttention: what one attention layer computed, as scores that a loss can use."""
 
-import functools
-import operator
 from functools import cached_property
 from typing import Any
 
@@ -65,42 +63,36 @@ class CapturedAttention(ScoreSource):
     @property
     def scores(self) -> Tensor:
         """`(batch, heads, length, length)`: what the softmax saw, float32 for half inputs, -inf at disallowed pairs."""
-        scores = self._scores
-        # Scores that were first looked at under no_grad() train nothing, so they are not kept for a loss.
-        if scores is None or (not scores.requires_grad and torch.is_grad_enabled() and self.requires_grad):
-            scores = self._scores = self._computed_scores()
-        return scores
-
-    def _computed_scores(self) -> Tensor:
-        operation, allowed = self._operation, self.allowed
+        kept, operation, allowed = self._scores, self._operation, self.allowed
+        # Scores that were first computed under no_grad() would train nothing: they are computed again for a loss.
+        if kept is not None and (kept.requires_grad or not (torch.is_grad_enabled() and self.requires_grad)):
+            return kept
         if operation.logits is not None:
             scores = at_least_float32(operation.logits)
         else:
-            assert operation.query is not None
+            query, key = at_least_float32(operation.main), at_least_float32(self._repeated_key())
             with no_autocast(self.device):
                 # scale (q k^T), with the scale on q: fewer numbers than the product has
-                query = operation.scale * at_least_float32(operation.query)
-                scores = query @ at_least_float32(self._repeated_key()).mT
+                scores = (operation.scale * query) @ key.mT
                 for mask, factor in operation.masks:
                     if mask.dtype != torch.bool:
                         scores = scores + factor * mask
-        return scores if allowed is None else scores.masked_fill(~allowed, float("-inf"))
+        self._scores = scores if allowed is None else scores.masked_fill(~allowed, float("-inf"))
+        return self._scores
 
     @cached_property
     def allowed(self) -> Tensor | None:
         """Boolean, broadcastable to `scores`: which pairs may attend; None when the layer masks nothing."""
         operation = self._operation
         if operation.query is None:
-            return self._operation.main > FLOOR
-        masks = []
-        for mask, factor in operation.masks:
-            if mask.dtype == torch.bool:
-                masks.append(mask if factor > 0 else ~mask)
-            else:
-                masks.append(mask * factor > FLOOR)
+            return operation.main > FLOOR
+        allowed = None
         if operation.causal:
-            masks.append(torch.ones(1, 1, *self.lengths, dtype=torch.bool, device=self.device).tril())
-        return functools.reduce(operator.and_, masks) if masks else None
+            allowed = torch.ones(1, 1, *self.lengths, dtype=torch.bool, device=self.device).tril()
+        for mask, factor in operation.masks:
+            pairs = mask * factor > FLOOR if mask.dtype != torch.bool else mask if factor > 0 else ~mask
+            allowed = pairs if allowed is None else allowed & pairs
+        return allowed
 
     @property
     def masks_pairs(self) -> bool | None:
@@ -147,12 +139,14 @@ class CapturedAttention(ScoreSource):
 
         The values of float masks cost one synchronization, for all of them together.
         """
-        operation = self._operation
-        added = [(mask, factor) for mask, factor in operation.masks if mask.dtype != torch.bool]
-        if operation.query is None or any(mask.requires_grad for mask, _ in added):
-            return False
-        whole = [((mask == 0) | (mask * factor <= FLOOR)).all() for mask, factor in added]
-        return bool(functools.reduce(operator.and_, whole)) if whole else True
+        masks_alone = None
+        for mask, factor in self._operation.masks:
+            if mask.requires_grad:
+                return False
+            if mask.dtype != torch.bool:
+                low_or_zero = ((mask == 0) | (mask * factor <= FLOOR)).all()
+                masks_alone = low_or_zero if masks_alone is None else masks_alone & low_or_zero
+        return self._operation.query is not None and (masks_alone is None or bool(masks_alone))
 
     def _repeated_key(self) -> Tensor:
         query, key = self._operation.query, self._operation.key
