@@ -1,25 +1,15 @@
 """Which modules of a model attend: by name and class, by the user's choice, or by watching one forward pass."""
 
 import fnmatch
-import functools
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
 
-import torch
 from torch import nn
 
 from attncongruence import _compat
 from attncongruence.capture import messages
 from attncongruence.capture.product import Log, Operation
-from attncongruence.capture.watch import (
-    Watcher,
-    eager_pass_hooks,
-    hook_module,
-    on_torch_fast_path,
-    refuse_replica,
-    uncompiled_hook,
-)
+from attncongruence.capture.watch import Watch
 
 _WRAPPERS = re.compile(rf"(?:^|\.)(?:{'|'.join(_compat.WRAPPERS)})(?=\.|$)")
 
@@ -49,7 +39,7 @@ def find_attention(model: nn.Module) -> dict[str, str]:
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
-    if not _has_parameters(module):
+    if not _learns(module):
         return False
     children = [name for name, _ in module.named_children()]
     if "qkv" in children or all(any(name.startswith(letter) for name in children) for letter in "qkv"):
@@ -59,7 +49,7 @@ def _looks_like_attention(module: nn.Module) -> bool:
     return ("attention" in words or "attn" in words) and not words.endswith(("output", "norm", "pooling", "mlp"))
 
 
-def _has_parameters(module: nn.Module) -> bool:
+def _learns(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
@@ -99,34 +89,14 @@ def _module(model: nn.Module, layer: str | nn.Module) -> nn.Module | None:
         return None
 
 
-class Finder(Watcher):
-    """Watches all modules of a model, and calls `on_end("", log)` when the model has run.
+def watch_model(model: nn.Module, analysis: bool, on_end: Callable[[str, Log], None]) -> Watch:
+    """Watches all modules of a model; `on_end("", log)` is called when the model has run.
 
-    The names in the log are those of the innermost modules with parameters, so that a `nn.Softmax` or `nn.Dropout`
-    called on the way does not stand for the attention it is part of. Where a part of the model was called by itself,
-    `on_end` gets its name.
+    Modules without parameters are left out: an `nn.Softmax` or `nn.Dropout` called on the way does not stand for the
+    attention it is part of.
     """
-
-    def __init__(self, model: nn.Module, analysis: bool, on_end: Callable[[str, Log], None]) -> None:
-        super().__init__(analysis, on_end, whole=True)
-        self._candidates = set(find_attention(model))
-        for name, module in named_modules(model).items():
-            if module is model or _has_parameters(module):
-                # Under torch.compile this one pass runs eagerly: which layers to trace is not known yet.
-                before, after = (uncompiled_hook(),) * 2 if name else eager_pass_hooks()
-                enter, leave = functools.partial(self._enter, name), functools.partial(self._leave, name)
-                self._handles += hook_module(module, before(enter), after(leave))
-
-    def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        refuse_replica(module)
-        if not name:
-            self.recording.stop()  # an interrupt skipped the end of the last pass
-        if not self.recording.path:
-            if _compat.in_backward() or not (self.analysis or torch.is_grad_enabled()):
-                return
-            self.recording.start()
-        watched = self.analysis or not on_torch_fast_path(module, (*args, *kwargs.values()))
-        self.recording.enter(name, module, watched=watched, attends=name in self._candidates)
+    modules = {name: module for name, module in named_modules(model).items() if module is model or _learns(module)}
+    return Watch(modules, analysis, on_end, find_attention(model))
 
 
 def self_attention(log: Log) -> list[tuple[str, int, Operation]]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from attncongruence import _compat
 from attncongruence.capture import messages
-from attncongruence.capture.find import Finder, crosses, find_attention, select_modules, self_attention
+from attncongruence.capture.find import crosses, find_attention, select_modules, self_attention, watch_model
 from attncongruence.capture.product import Log
 from attncongruence.capture.record import CapturedAttention
 from attncongruence.capture.watch import Watch, hook_module, raised, uncompiled_hook, unhook
@@ -65,7 +65,7 @@ class AttentionCapture:
         self.analysis = analysis
         self._records: list[tuple[object, CapturedAttention]] = []  # each with its forward pass
         self._watches: list[Watch] = []
-        self._finder: Finder | None = None
+        self._finder: Watch | None = None
         self._log: Log = []  # what attended in passes through parts of the model
         self._keep: dict[str, set[int]] = {}  # which operations of a layer, where it attends several times
         self._thread = _ThisThread()
@@ -80,7 +80,7 @@ class AttentionCapture:
             self.close()
             raise
         if self._indices:
-            self._finder = Finder(self.model, analysis, self._on_pass_end)
+            self._finder = watch_model(self.model, analysis, self._on_pass_end)
 
     def pop(self) -> CapturedAttention:
         """The one record since the last pop.
@@ -136,7 +136,7 @@ class AttentionCapture:
 
     def _watch(self, layers: Iterable[str | nn.Module]) -> None:
         for name, module in select_modules(self.model, layers).items():
-            self._watches.append(Watch(module, name, self.analysis, self._on_layer_end))
+            self._watches.append(Watch({name: module}, self.analysis, self._on_layer_end))
 
     def _begin(self, module: nn.Module, args: object, kwargs: object) -> None:
         """Before the model's own forward."""
@@ -160,7 +160,7 @@ class AttentionCapture:
             return
         self._thread.running = False
         for watch in self._watches:
-            self._on_layer_end(watch.name, [(watch.name, o) for o in watch.compiled.take()])
+            self._on_layer_end("", [(name, o) for name in watch.modules for o in watch.compiled.take()])
             watch.attach()
         if raised(result, self._thread.error_before):
             self._forget_pass()
@@ -171,10 +171,11 @@ class AttentionCapture:
     def _forget_pass(self) -> None:
         self._records = [(token, record) for token, record in self._records if token is not self._thread.token]
 
-    def _on_layer_end(self, name: str, log: Log) -> None:
+    def _on_layer_end(self, _: str, log: Log) -> None:
         """A watched layer has run."""
-        keep, count = self._keep.get(name), self._thread.count
-        for _, operation in log:
+        count = self._thread.count
+        for name, operation in log:
+            keep = self._keep.get(name)
             number = count[name] = count.get(name, -1) + 1
             if keep is None or number in keep:
                 self._records.append((self._thread.token, CapturedAttention(name, operation)))
@@ -225,7 +226,7 @@ class AttentionCapture:
         if any(watch.skipped_without_grad for watch in self._watches) or (self._ran and not self._ran_with_grad):
             return messages.GRADIENTS_OFF
         if self._watches and not entered:
-            return messages.LAYER_NEVER_RAN.format(", ".join(watch.name for watch in self._watches))
+            return messages.LAYER_NEVER_RAN.format(", ".join(name for watch in self._watches for name in watch.modules))
         return self._trouble + messages.nothing_seen(find_attention(self.model))
 
 

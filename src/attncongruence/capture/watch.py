@@ -100,33 +100,28 @@ def refuse_replica(module: nn.Module) -> None:
 
 
 class Recording(threading.local):
-    """A forward pass of this thread: the modules that run, and the attention operations seen in them, in order.
-
-    Args:
-        whole: of a whole model: its inputs are told apart, and only softmaxes over products are noted.
-    """
+    """A forward pass of this thread: the modules that run, and the attention operations seen in them, in order."""
 
     mode: AttentionMode | None = None
     error_before: BaseException | None = None
 
-    def __init__(self, *, whole: bool = False) -> None:
-        self.whole = whole
+    def __init__(self) -> None:
         self.path: list[tuple[str, Callable[[], None]]] = []  # names, and what to do when the module has run
         self.log: Log = []
 
-    def start(self) -> None:
-        """Switches a mode on."""
-        self.mode = AttentionMode(self._note, Lineage() if self.whole else None)
+    def start(self, *, whole: bool) -> None:
+        """Switches a mode on; for a whole model, it tells inputs apart and notes only softmaxes over products."""
+
+        def note(operation: Operation) -> None:
+            if operation.from_product or not whole:
+                self.log.append((self.path[-1][0], operation))
+
+        self.mode = AttentionMode(note, Lineage() if whole else None)
         self.error_before = sys.exc_info()[1]
         push_mode(self.mode)
 
-    def _note(self, operation: Operation) -> None:
-        if operation.from_product or not self.whole:
-            self.log.append((self.path[-1][0], operation))
-
-    def enter(self, name: str, module: nn.Module, *, watched: bool = True, attends: bool = True) -> None:
+    def enter(self, name: str, at_end: Callable[[], None], *, watched: bool) -> None:
         """A module begins to run; where it is not watched, the mode is off until it has run."""
-        at_end = show_kernel(module) if watched and attends else do_nothing
         if not watched and self.mode is not None and remove_mode(self.mode):
             at_end = functools.partial(push_mode, self.mode)
         self.path.append((name, at_end))
@@ -145,43 +140,36 @@ class Recording(threading.local):
         return [(name, operation.four_d(mode.trail.folds)) for name, operation in log]
 
 
-class Watcher:
-    """Hooks on modules; `on_end(name, log)` is called when the outermost of them has run, with what attended in it."""
+class Watch:
+    """Hooks on one module, or on all modules of a model.
 
-    def __init__(self, analysis: bool, on_end: Callable[[str, Log], None], *, whole: bool = False) -> None:
-        self.analysis, self.on_end = analysis, on_end
-        self.recording = Recording(whole=whole)
-        self._handles: list[Any] = []
+    `on_end(name, log)` gets the attention operations of each forward pass: of the module, or of whichever module of the
+    model was called from outside. The names in the log are those of the innermost modules that ran.
+    """
 
-    def close(self) -> None:
-        """Takes the hooks off, and the mode of a pass that was cut short."""
-        unhook(self._handles)
-        self.recording.stop()
-
-    def _leave(self, name: str, module: nn.Module, args: object, result: object) -> None:
-        recording = self.recording
-        if recording.path:
-            recording.path.pop()[1]()
-            if not recording.path:
-                log = recording.stop()
-                if not raised(result, recording.error_before):
-                    self.on_end(name, log)
-
-
-class Watch(Watcher):
-    """Watches one module."""
-
-    def __init__(self, module: nn.Module, name: str, analysis: bool, on_end: Callable[[str, Log], None]) -> None:
-        super().__init__(analysis, on_end)
-        self.module, self.name = module, name
+    def __init__(
+        self,
+        modules: dict[str, nn.Module],
+        analysis: bool,
+        on_end: Callable[[str, Log], None],
+        candidates: Iterable[str] | None = None,
+    ) -> None:
+        self.modules, self.analysis, self.on_end = modules, analysis, on_end
         self.entered = self.skipped_without_grad = self.closed = False
-        self.compiled = CompiledMode()
+        self.recording, self.compiled = Recording(), CompiledMode()
+        self._whole, self._candidates = candidates is not None, modules if candidates is None else set(candidates)
+        self._handles: list[Any] = []
         self.attach()
 
     def attach(self) -> None:
         """Puts the hooks on, if they are off."""
-        if not self._handles:
-            self._handles = hook_module(self.module, Hook(self._before), Hook(self._after))
+        for name, module in () if self._handles else self.modules.items():
+            before, after = Hook, Hook
+            if self._whole:
+                # Under torch.compile this one pass runs eagerly: which layers to trace is not known yet.
+                before, after = (uncompiled_hook(),) * 2 if name else eager_pass_hooks()
+            enter, leave = functools.partial(self._enter, name), functools.partial(self._leave, name)
+            self._handles += hook_module(module, before(enter), after(leave))
 
     def detach(self) -> None:
         """Takes the hooks off, if they are on."""
@@ -190,10 +178,11 @@ class Watch(Watcher):
     def close(self) -> None:
         """Takes the hooks off for good and lets go of everything."""
         self.closed = True
-        super().close()
+        self.detach()
+        self.recording.stop()
         self.compiled.take()
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+    def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         if kwargs is None:  # the model itself is watched, and its own hook has just taken this one off
             return
         if torch.compiler.is_compiling():
@@ -202,21 +191,33 @@ class Watch(Watcher):
                 self.compiled.slot = ()
                 push_mode(self.compiled)
             return
-        self.recording.stop()
+        if not (self._whole and name):
+            self.recording.stop()  # an interrupt skipped the end of the last pass
         refuse_replica(module)
-        # Checkpointing calls forward again in backward; the module was seen before.
-        if module is not self.module or _compat.in_backward():
-            return
-        self.entered = True
-        if not (self.analysis or torch.is_grad_enabled()):
-            self.skipped_without_grad = True
-        elif not on_torch_fast_path(module, (*args, *kwargs.values())):
-            self.recording.start()
-            self.recording.enter(self.name, module)
+        fast = on_torch_fast_path(module, (*args, *kwargs.values()))
+        if not self.recording.path:
+            # Checkpointing calls forward again in backward; the module was seen before.
+            if module is not self.modules[name] or _compat.in_backward():
+                return
+            self.entered = True
+            if not (self.analysis or torch.is_grad_enabled()):
+                self.skipped_without_grad = True
+                return
+            if fast and not self._whole:
+                return
+            self.recording.start(whole=self._whole)
+        watched = self.analysis or not fast
+        at_end = show_kernel(module) if watched and name in self._candidates else do_nothing
+        self.recording.enter(name, at_end, watched=watched)
 
-    def _after(self, module: nn.Module, args: object, result: object) -> None:
-        if not torch.compiler.is_compiling():
-            if module is self.module:
-                self._leave(self.name, module, args, result)
-        elif not self.closed and (self.analysis or torch.is_grad_enabled()):
-            pop_mode(self.compiled)
+    def _leave(self, name: str, module: nn.Module, args: object, result: object) -> None:
+        recording = self.recording
+        if torch.compiler.is_compiling():
+            if not self.closed and (self.analysis or torch.is_grad_enabled()):
+                pop_mode(self.compiled)
+        elif recording.path and module is self.modules[name]:
+            recording.path.pop()[1]()
+            if not recording.path:
+                log = recording.stop()
+                if not raised(result, recording.error_before):
+                    self.on_end(name, log)

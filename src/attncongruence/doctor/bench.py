@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attncongruence import _compat
-from attncongruence.capture.find import Finder
+from attncongruence.capture.find import watch_model
 from attncongruence.capture.product import Log
 from attncongruence.doctor.report import Overhead
 from attncongruence.training.outputs import loss_in
@@ -32,7 +32,7 @@ def call(model: nn.Module, batch: Inputs) -> Any:
 def watched(model: nn.Module, batch: Inputs) -> Log:
     """Every attention operation of one forward pass, in order."""
     logs: list[Log] = []
-    finder = Finder(model, True, lambda name, log: logs.append(log))
+    finder = watch_model(model, True, lambda name, log: logs.append(log))
     try:
         call(model, batch)
     finally:
