@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from attncongruence.capture import CapturedAttention, capture_attention
-from attncongruence.capture.trace import Trail
+from attncongruence.capture.trace import AttentionMode
 
 B, H, N, D = 2, 3, 5, 4
 MASK = torch.zeros(B, 1, 1, N).masked_fill(torch.arange(N) == 4, -1e4)
@@ -182,14 +182,14 @@ def test_inference_tensors_count_no_writes_so_scores_are_all_that_is_offered(way
 def test_a_freed_tensors_id_tells_nothing_of_the_next():
     # Dropout in eval hands its own argument through; if that argument has the id of freed probabilities, it must not
     # become probabilities itself (seen as a last layer that went missing, one run in six).
-    trail = Trail()
+    mode = AttentionMode(lambda operation: None)
     query, key = torch.randn(2, 4, 5, 3), torch.randn(2, 4, 5, 3)
     scores = query @ key.mT
-    trail.follow("matmul", (query, key.mT), {}, scores)
+    mode.follow("matmul", (query, key.mT), {}, scores)
     probs = scores.softmax(-1)
-    trail.follow("softmax", (scores,), {"dim": -1}, probs)
+    mode.follow("softmax", (scores,), {"dim": -1}, probs)
     hidden = torch.randn(2, 5, 12)
-    trail._made[id(hidden)] = trail._made[id(probs)]
+    mode._made[id(hidden)] = mode._made[id(probs)]
     del probs
-    trail.follow("dropout", (hidden,), {}, hidden)
-    assert trail._known(hidden) is None
+    mode.follow("dropout", (hidden,), {}, hidden)
+    assert mode._known(hidden) is None

@@ -1,8 +1,7 @@
-"""Shows attention kernels that no torch function shows (flash, flex), where transformers calls them by name.
+"""Makes attention kernels of transformers visible that no torch function shows (flash, flex).
 
-While a watched module runs, its configuration is a private copy that names our function. The function notes queries,
-keys and mask, puts the module's own configuration back and calls the kernel. Between two forward passes, in other
-modules and after `close()` nothing is changed.
+While a watched module runs, its configuration is a private copy that names our function. The function reports queries,
+keys and mask to the modes that are on, puts the module's own configuration back and calls the kernel.
 """
 
 import functools
@@ -17,11 +16,10 @@ from attncongruence.capture.product import Operation
 from attncongruence.capture.trace import AttentionMode, push_mode, remove_mode
 
 _VISIBLE = ("eager", "sdpa")
-_SUFFIX = "_seen_by_attncongruence"
 
 
 def do_nothing(*args: object) -> None:
-    """Where a function is expected and nothing is to be done."""
+    """A callback that does nothing."""
 
 
 def show_kernel(module: nn.Module) -> Callable[[], None]:
@@ -43,7 +41,7 @@ def show_kernel(module: nn.Module) -> Callable[[], None]:
 
 @functools.cache
 def _registered(kernel: str) -> str:
-    """Registers, once, a function that notes the operation and calls the kernel; with the kernel's own mask."""
+    """Registers a function that reports the operation and calls the kernel; returns its name."""
     tables = _compat.kernels()
     assert tables is not None, "show_kernel has seen them"
 
@@ -65,7 +63,7 @@ def _registered(kernel: str) -> str:
             push_mode(mode)
         return call() if operation is None else result
 
-    name = f"{kernel}{_SUFFIX}"
+    name = f"{kernel}_seen_by_attncongruence"
     tables.attention.register(name, forward)
     if kernel in tables.masks:
         tables.masks.register(name, tables.masks[kernel])

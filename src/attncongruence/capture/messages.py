@@ -17,8 +17,8 @@ FROZEN = (
     f"ran {_REENTRANT}. To look at attention without training it, capture_attention(..., analysis=True)."
 )
 TAKEN = (
-    "its record was taken before, and the model has not run since. Each forward pass is taken once: keep what pop() "
-    "returned, and pass it on."
+    "its record was taken before, and the model has not run since. Each record can be taken once: keep what pop() "
+    "returned."
 )
 CLOSED = "this capture is closed. Make a new one with capture_attention(model)."
 MANY_WAIT = (
@@ -59,9 +59,9 @@ NO_SUCH_LAYER = "{}. Modules that look like attention: {} (see find_attention)"
 def nothing_seen(candidates: Iterable[str]) -> str:
     """The layers ran, and no attention was seen in them."""
     return (
-        "No softmax over a product of queries and keys, and no scaled_dot_product_attention, ran where it was looked "
-        "for: it may use a kernel that torch functions do not show (flash, flex, xformers, TorchScript, or exp and sum "
-        "by hand), or attend without scores (linear attention, convolution). Switch it to sdpa or eager "
+        "No scaled_dot_product_attention and no softmax over a product of queries and keys was seen. The layer may use "
+        "a kernel that torch functions do not show (flash, flex, xformers, TorchScript, or exp and sum by hand), or "
+        "attend without scores (linear attention, convolution). Switch it to sdpa or eager "
         "(model.set_attn_implementation('sdpa') in transformers), or name another layer. Modules that look like "
         f"attention: {some(candidates)}."
     )

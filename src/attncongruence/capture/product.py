@@ -1,9 +1,8 @@
-"""One attention operation, read off the torch functions that a model calls.
+"""Recognizes one attention operation in the torch functions that a model calls.
 
 `scaled_dot_product_attention` names its queries and keys. A model that calls `matmul` and `softmax` itself does not:
-there, each product of two batched tensors may be `query @ key.T`, and each later function on its result either keeps
-that known (a scale, a mask) or makes it unknown (a soft cap, a shift by the row's maximum). `trace.py` decides which
-tensors to ask about; here nothing is remembered and nothing is computed.
+there, each product of two batched tensors may be `query @ key.T`, and each later function on the result either adds to
+it in a known way (a scale, a mask) or makes it opaque (a soft cap, a shift by the row's maximum). Nothing is computed.
 """
 
 import dataclasses
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# An added number this low hides a pair: -inf, finfo.min, -1e9 and -1e4 (-9984 in bfloat16) are all in use, and no score
+# A mask value this low hides a pair: -inf, finfo.min, -1e9 and -1e4 (-9984 in bfloat16) are all in use, and no score
 # outweighs 5000. A position bias is never this low. Swin's -100 between shifted windows is a bias by this rule.
 FLOOR = -5000.0
 
@@ -70,17 +69,17 @@ class Operation:
         return self.main.shape[-2], columns
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Operation":
-        """The same with each tensor changed."""
+        """The same operation with each tensor changed."""
         query, key, logits = (None if t is None else change(t) for t in (self.query, self.key, self.logits))
         masks = tuple((change(mask), factor) for mask, factor in self.masks)
         return dataclasses.replace(self, query=query, key=key, logits=logits, masks=masks)
 
     def opaque(self, *, from_product: bool = True) -> "Operation":
-        """What stays known after a function that is neither a scale nor a mask."""
+        """What is still known after a function that is neither a scale nor a mask."""
         return Operation(from_product=self.from_product and from_product, cross=self.cross)
 
     def four_d(self, folds: Mapping[int, tuple[int, int]] | None = None) -> "Operation":
-        """The same with all tensors as `(batch, heads, ...)`: views, no copies.
+        """The same operation with all tensors as `(batch, heads, ...)`: views, no copies.
 
         `folds` has `(batch, heads)` by the size of a first dimension that holds both.
         """
@@ -113,7 +112,7 @@ def tensors_in(values: Iterable[Any]) -> list[Tensor]:
     return flat
 
 
-def of_sdpa(
+def read_sdpa(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -123,7 +122,7 @@ def of_sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Operation:
-    """The operation of one call of `scaled_dot_product_attention`; the signature is torch's own."""
+    """The operation of one call of `scaled_dot_product_attention`. The signature is torch's own."""
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     return Operation(query, key, scale, () if attn_mask is None else ((attn_mask, 1.0),), is_causal)
 
@@ -133,10 +132,10 @@ def softmax_logits(input: Tensor, dim: int | None = None, *args: object, **kwarg
     return input if dim is not None and input.ndim >= 3 and dim in (-1, input.ndim - 1) else None
 
 
-def of_product(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Operation | None:
-    """The operation that a product starts; None where it is no product of two batched tensors."""
+def read_product(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Operation | None:
+    """The operation that begins with a product; None if it is no product of two batched tensors."""
     if name == "einsum":
-        return _of_einsum(*args)
+        return _read_einsum(*args)
     masks: tuple[tuple[Tensor, float], ...] = ()
     scale = 1.0
     if name == "baddbmm":
@@ -149,8 +148,8 @@ def of_product(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> O
     return Operation(query, key.transpose(-1, -2), scale, masks)
 
 
-def _of_einsum(equation: object, *operands: Any) -> Operation | None:
-    """Reads q and k off an equation like `bihd,bjhd->bhij`; None when it is no attention product."""
+def _read_einsum(equation: object, *operands: Any) -> Operation | None:
+    """Finds q and k by an equation like `bihd,bjhd->bhij`; None if it is no attention product."""
     operands = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], list | tuple) else operands
     parts = re.fullmatch(r"(\w+),(\w+)->(\w+)(\w)(\w)", str(equation).replace(" ", ""))
     if parts is None or len(operands) != 2:
@@ -168,10 +167,10 @@ def _of_einsum(equation: object, *operands: Any) -> Operation | None:
     return Operation(*found)
 
 
-def after(
+def read_step(
     name: str, operation: Operation, scores: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Operation | None:
-    """The operation after one more function on its scores; None when it is no longer scale, product and masks."""
+    """The operation after one more function on its scores; None if it is no longer scale, product and masks."""
     if name in _COPIES or name in RESHAPES:
         return operation
     if kwargs.keys() - _OPERANDS - {"input"}:  # alpha, rounding_mode, out
@@ -199,7 +198,7 @@ def after(
 
 
 def _number(value: object) -> float | None:
-    """A plain factor; a tensor only if reading it costs no synchronization and loses no gradient."""
+    """The value of a plain number, or of a tensor that costs no synchronization to read and has no gradient."""
     if isinstance(value, int | float):
         return float(value)
     if torch.compiler.is_compiling():

@@ -20,10 +20,10 @@ Layers = int | str | nn.Module | Iterable[int | str | nn.Module]
 
 
 def capture_attention(model: nn.Module, layers: Layers = -1, *, analysis: bool = False) -> "AttentionCapture":
-    """Takes the pre-softmax attention of chosen layers, with gradient, each time the model runs.
+    """Captures the pre-softmax attention of chosen layers, with gradient, each time the model runs.
 
     Nothing in the model changes: no configuration, no weights, no attention kernel, and its output stays the same bit
-    for bit. Forward passes with gradients off (validation) are left alone.
+    for bit. Forward passes with gradients off (validation) are not captured.
 
     Args:
         model: any `nn.Module`; best before its first run if it is compiled.
@@ -155,7 +155,7 @@ class AttentionCapture:
                 watch.detach()
 
     def _end(self, module: nn.Module, args: object, result: object) -> None:
-        """After it, also when it raised."""
+        """After the model's own forward, also if it raised."""
         if module is not self.model or not self._thread.running:
             return
         self._thread.running = False
@@ -181,13 +181,13 @@ class AttentionCapture:
                 self._records.append((self._thread.token, CapturedAttention(name, operation)))
 
     def _on_pass_end(self, name: str, log: Log) -> None:
-        """The model, or a part of it that was called by itself, has run, and layers by number are not chosen yet."""
+        """The model has run, or a part of it (`name`) that was called from outside; layers are not chosen yet."""
         self._log = log if not name else self._log + log
         if not name:
             self._choose()
 
     def _waiting(self) -> list[CapturedAttention]:
-        # Where only parts of the model have run (a wrapper calls them), they were the pass.
+        # If only parts of the model have run, because a wrapper calls them, they are the forward pass.
         if self._finder is not None and self._log:
             self._choose()
         return [record for _, record in self._records]

@@ -1,4 +1,4 @@
-"""Follows a forward pass: the modes that see each torch function, and what they remember of its tensors."""
+"""Follows a forward pass: modes that see each torch function, and what they record about its tensors."""
 
 import dataclasses
 import weakref
@@ -16,10 +16,10 @@ from attncongruence.capture.product import Operation, tensors_in
 
 
 class Lineage:
-    """Tells self-attention from cross-attention of equal length: which input does each tensor descend from?
+    """Records which input each tensor descends from, to tell self-attention from cross-attention of equal length.
 
     Two embeddings are two origins. A tensor has the origin of the first argument that has one; if none has, it is an
-    origin itself. Integer tensors (ids, positions) and tensors made of nothing (zeros) have none.
+    origin itself. Integer tensors (ids, positions) and tensors without arguments (zeros) have no origin.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Lineage:
         self._count = 0
 
     def follow(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object) -> None:
-        """Takes note of one torch function after it ran."""
+        """Records one torch function after it ran."""
         made = [t for t in tensors_in((result,)) if t.is_floating_point()]
         given = tensors_in((*args, *kwargs.values()))
         if not made or not given:
@@ -35,7 +35,7 @@ class Lineage:
         origin = next((o for o in map(self.origin, given) if o is not None), None)
         if origin is None:
             origin = self._count = self._count + 1
-            # All who read a model's input share its origin; its weights have none.
+            # An input of the model has the same origin as what is made of it; weights have no origin.
             made += [t for t in given if t.is_floating_point() and not isinstance(t, nn.Parameter)][:1]
         for tensor in made:
             if self.origin(tensor) is None:
@@ -51,18 +51,43 @@ class Lineage:
         return len(set(map(self.origin, tensors)) - {None}) == 2
 
 
-class Trail:
-    """Remembers, for one forward pass, how each score-like tensor was made: from a softmax back to its q and k."""
+class AttentionMode(TorchFunctionMode):
+    """Runs every function unchanged, and calls `on_operation(operation)` for each attention operation.
 
-    def __init__(self, lineage: Lineage | None = None) -> None:
-        self.lineage = lineage
+    It records how each score-like tensor was made, so that a softmax leads back to q and k.
+    """
+
+    def __init__(self, on_operation: Callable[[Operation], None], lineage: Lineage | None = None) -> None:
+        super().__init__()
+        self.on_operation, self.lineage = on_operation, lineage
         # By id: the tensor, its version, and the operation behind it. Weak, so that the model's intermediate scores
         # are freed as early as they are without us.
         self._made: dict[int, tuple[weakref.ref[Tensor], float, Operation]] = {}
-        self.folds: dict[int, tuple[int, int]] = {}  # (batch, heads) by their product, where a reshape told
+        self.folds: dict[int, tuple[int, int]] = {}  # (batch, heads) by their product, as reshapes show them
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # a compiled function inside an eager module: nothing here can be traced
+            return func(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            with self:
+                return _compat.mha_body(*args, **kwargs)
+        result = func(*args, **kwargs)
+        # torch.Tensor.__matmul__, torch.matmul and Tensor.matmul are all "matmul".
+        name = str(getattr(func, "__name__", "")).strip("_")
+        if func is F.scaled_dot_product_attention:
+            operation = product.read_sdpa(*args, **kwargs)
+            self.on_operation(self._mark_cross(operation, operation.query, operation.key))
+        elif name == "softmax" and (logits := product.softmax_logits(*args, **kwargs)) is not None:
+            operation = self._known(logits) or Operation(from_product=False)
+            self.on_operation(dataclasses.replace(operation, logits=logits))
+        self.follow(name, args, kwargs, result)
+        return result
 
     def follow(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object) -> None:
-        """Takes note of one torch function after it ran; `name` is its name without underscores."""
+        """Records one torch function after it ran; `name` is its name without underscores."""
         if self.lineage is not None:
             self.lineage.follow(args, kwargs, result)
         if not isinstance(result, Tensor) or result.ndim < 3:
@@ -77,34 +102,22 @@ class Trail:
         if operation is not None:
             self._made[id(result)] = (weakref.ref(result), _compat.version(result), operation)
 
-    def at_sdpa(self, *args: Any, **kwargs: Any) -> Operation:
-        """What is known about a call of `scaled_dot_product_attention`."""
-        operation = product.of_sdpa(*args, **kwargs)
-        return self._mark_cross(operation, operation.query, operation.key)
-
-    def at_softmax(self, logits: Tensor) -> Operation:
-        """What is known about the input of a softmax."""
-        operation = self._known(logits)
-        if operation is None:
-            return Operation(logits=logits, from_product=False)
-        return dataclasses.replace(operation, logits=logits)
-
     def _mark_cross(self, operation: Operation, *factors: object) -> Operation:
         if self.lineage is None or not self.lineage.differ(*factors):
             return operation
         return dataclasses.replace(operation, cross=True)
 
     def _remembers(self, tensor: Tensor) -> bool:
-        # By identity, not by id alone: a freed tensor leaves its id to another, which dropout in eval hands through.
+        # A freed tensor leaves its id to another, so the tensor itself is compared.
         ref, *_ = self._made.get(id(tensor), (None,))
         return ref is not None and ref() is tensor
 
     def _known(self, tensor: Tensor, *, in_place: bool = False) -> Operation | None:
-        """The operation behind a tensor; opaque if something may have written to it unseen (`scores[..., 0] = 0`)."""
+        """The operation behind a tensor; opaque if the tensor may have been written to since (`scores[..., 0] = 0`)."""
         if not self._remembers(tensor):
             return None
         _, version, operation = self._made[id(tensor)]
-        # Inference tensors have no version, so nobody knows.
+        # Inference tensors do not count writes.
         unchanged = not tensor.is_inference() and version == _compat.version(tensor) - in_place
         return operation if unchanged else operation.opaque()
 
@@ -119,7 +132,7 @@ class Trail:
         factors = tensors_in(args)[-2:]
         if any((known := self._known(t)) is not None and not known.from_product for t in factors):
             return None  # probabilities times values
-        operation = product.of_product(name, args, kwargs)
+        operation = product.read_product(name, args, kwargs)
         return None if operation is None else self._mark_cross(operation, *factors)
 
     def _derived(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> Operation | None:
@@ -148,42 +161,14 @@ class Trail:
         )
         if operation.query is None or not same_shape or name == "softmax":
             return opaque
-        return product.after(name, operation, tensor, args, kwargs) or opaque
-
-
-class AttentionMode(TorchFunctionMode):
-    """Runs every function as it is, and calls `on_operation(operation)` for each attention operation."""
-
-    def __init__(self, on_operation: Callable[[Operation], None], lineage: Lineage | None = None) -> None:
-        super().__init__()
-        self.on_operation = on_operation
-        self.trail = Trail(lineage)
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if torch.compiler.is_compiling():  # a compiled function inside an eager module: nothing here can be traced
-            return func(*args, **kwargs)
-        if func is F.multi_head_attention_forward:
-            with self:
-                return _compat.mha_body(*args, **kwargs)
-        result = func(*args, **kwargs)
-        # torch.Tensor.__matmul__, torch.matmul and Tensor.matmul are all "matmul".
-        name = str(getattr(func, "__name__", "")).strip("_")
-        if func is F.scaled_dot_product_attention:
-            self.on_operation(self.trail.at_sdpa(*args, **kwargs))
-        elif name == "softmax" and (logits := product.softmax_logits(*args, **kwargs)) is not None:
-            self.on_operation(self.trail.at_softmax(logits))
-        self.trail.follow(name, args, kwargs, result)
-        return result
+        return product.read_step(name, operation, tensor, args, kwargs) or opaque
 
 
 class CompiledMode(TorchFunctionMode):
-    """The same inside `torch.compile`, traced once: one object that lives as long as the watch, and one slot.
+    """The mode that `torch.compile` traces. It lives as long as the watch, and keeps what it sees in one slot.
 
-    A new mode or a growing list at each step would be recompiled at each step. Queries and keys are told apart only in
-    `scaled_dot_product_attention` here: a trail of weak references cannot be traced.
+    A new mode or a growing list would be recompiled at each step. Queries and keys are known only for
+    `scaled_dot_product_attention` here, because a trail of weak references cannot be traced.
     """
 
     def __init__(self) -> None:
@@ -204,19 +189,19 @@ class CompiledMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def take(self) -> list[Operation]:
-        """What the compiled code left; called outside of it."""
+        """Empties the slot; called outside of compiled code."""
         taken, self.slot = self.slot, ()
         found = []
         for is_sdpa, args, kwargs in taken:
             if is_sdpa:
-                found.append(product.of_sdpa(*args, **kwargs))
+                found.append(product.read_sdpa(*args, **kwargs))
             elif (logits := product.softmax_logits(*args, **kwargs)) is not None:
                 found.append(Operation(logits=logits))
         return found
 
 
 def push_mode(mode: TorchFunctionMode) -> None:
-    """Switches a mode on. Not its own `__enter__`, which may do more when it is the user's."""
+    """Switches a mode on, not by its own `__enter__`: the mode may be the user's, and do more there."""
     TorchFunctionMode.__enter__(mode)
 
 

@@ -1,4 +1,4 @@
-"""Watches one module: hooks that switch a mode on before its forward and off after it."""
+"""Watches modules: hooks that switch a mode on before a forward and off after it."""
 
 import functools
 import sys
@@ -17,7 +17,7 @@ from attncongruence.capture.trace import AttentionMode, CompiledMode, Lineage, p
 
 
 class Hook:
-    """A function that does nothing in a copy or a pickle: a copy of a watched model is not watched."""
+    """A hook that does nothing in a copy or a pickle, so that a copy of a watched model is not watched."""
 
     def __init__(self, call: Callable[..., Any]) -> None:
         self.call = call
@@ -35,14 +35,14 @@ def _inert_hook() -> Callable[..., None]:
 
 @functools.cache
 def uncompiled_hook() -> type[Hook]:
-    """A hook that `torch.compile` leaves alone. Made late: it imports dynamo, as optimizers do, but torch does not."""
+    """A type of hook that `torch.compile` does not trace. Made on first use, because it imports dynamo."""
     call = torch.compiler.disable(Hook.__call__)
     return type("UncompiledHook", (Hook,), {"__call__": call})
 
 
 @functools.cache
 def eager_pass_hooks() -> tuple[type[Hook], type[Hook]]:
-    """A pair of hooks; the first switches `torch.compile` off for one forward pass, the second on again."""
+    """Two types of hooks: the first switches `torch.compile` off for one forward pass, the second on again."""
     compiler = threading.local()
 
     def open_pass(self: Hook, *args: Any) -> None:
@@ -60,7 +60,7 @@ def eager_pass_hooks() -> tuple[type[Hook], type[Hook]]:
 
 
 def hook_module(module: nn.Module, before: Hook, after: Hook) -> list[Any]:
-    """Puts a hook before forward and one after it, also where it raises; returns their handles."""
+    """Puts a hook before a forward and one after it, which is called even if forward raises; returns the handles."""
     return [
         module.register_forward_pre_hook(before, with_kwargs=True),
         # First of all forward hooks, so that a mode is off before anyone else's code runs.
@@ -69,7 +69,7 @@ def hook_module(module: nn.Module, before: Hook, after: Hook) -> list[Any]:
 
 
 def unhook(handles: list[Any]) -> None:
-    """Takes hooks off again and empties the list."""
+    """Takes hooks off and empties the list."""
     while handles:
         handles.pop().remove()
 
@@ -83,7 +83,7 @@ _FAST = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttentio
 
 
 def on_torch_fast_path(module: nn.Module, args: Iterable[object]) -> bool:
-    """Whether torch's own encoder runs frozen, in evaluation: a mode would change its path, or break it (nested)."""
+    """Whether torch's encoder runs frozen in evaluation, or on nested tensors: a mode would change or break that."""
     tensors = [a for a in args if isinstance(a, Tensor)]
     if any(t.is_nested for t in tensors):
         return True
@@ -93,7 +93,7 @@ def on_torch_fast_path(module: nn.Module, args: Iterable[object]) -> bool:
 
 
 def refuse_replica(module: nn.Module) -> None:
-    """Raises in a copy that torch.nn.DataParallel made for one step: hooks are shared with it, nothing else is."""
+    """Raises in a copy that torch.nn.DataParallel made for one step: it has the model's hooks and nothing else."""
     if _compat.is_replica(module):
         name = type(module).__name__
         raise RuntimeError(f"this {name} is a replica of torch.nn.DataParallel. {messages.DATA_PARALLEL}")
@@ -137,7 +137,7 @@ class Recording(threading.local):
         remove_mode(mode)
         # Softmaxes that weigh no keys (gates, routers) are dropped, unless nothing else was seen.
         log = [(name, operation) for name, operation in log if operation.from_product] or log
-        return [(name, operation.four_d(mode.trail.folds)) for name, operation in log]
+        return [(name, operation.four_d(mode.folds)) for name, operation in log]
 
 
 class Watch:
@@ -163,7 +163,9 @@ class Watch:
 
     def attach(self) -> None:
         """Puts the hooks on, if they are off."""
-        for name, module in () if self._handles else self.modules.items():
+        if self._handles:
+            return
+        for name, module in self.modules.items():
             before, after = Hook, Hook
             if self._whole:
                 # Under torch.compile this one pass runs eagerly: which layers to trace is not known yet.
