@@ -30,6 +30,9 @@ FACTORS = ("input", "batch1", "batch2", "mat2", "tensor2", "other")
 _OPERANDS = {"other", "mask", "value"}
 
 
+Masks = tuple[tuple[Tensor, float], ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Operation:
     """One attention operation as it was called: `softmax(scale * query @ key.T + sum(masks))`, nothing computed.
@@ -49,7 +52,7 @@ class Operation:
     query: Tensor | None = None
     key: Tensor | None = None
     scale: float = 1.0
-    masks: tuple[tuple[Tensor, float], ...] = ()
+    masks: Masks = ()
     causal: bool = False
     logits: Tensor | None = None
     from_product: bool = True
@@ -68,8 +71,8 @@ class Operation:
         columns = self.key.shape[-2] if self.logits is None and self.key is not None else self.main.shape[-1]
         return self.main.shape[-2], columns
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> "Operation":
-        """The same operation with each tensor changed."""
+    def apply(self, change: Callable[[Tensor], Tensor]) -> "Operation":
+        """The same operation with a function applied to each tensor."""
         query, key, logits = (None if t is None else change(t) for t in (self.query, self.key, self.logits))
         masks = tuple((change(mask), factor) for mask, factor in self.masks)
         return dataclasses.replace(self, query=query, key=key, logits=logits, masks=masks)
@@ -94,7 +97,7 @@ class Operation:
                 return tensor.view(*folded, *tensor.shape[1:])
             return tensor.unsqueeze(1) if tensor.ndim == main.ndim == 3 else tensor[(None,) * (4 - tensor.ndim)]
 
-        return self.each(view)
+        return self.apply(view)
 
 
 Log = list[tuple[str, Operation]]
@@ -136,12 +139,10 @@ def read_product(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     """The operation that begins with a product; None if it is no product of two batched tensors."""
     if name == "einsum":
         return _read_einsum(*args)
-    masks: tuple[tuple[Tensor, float], ...] = ()
-    scale = 1.0
+    masks, scale = Masks(), 1.0
     if name == "baddbmm":
         beta, scale = float(kwargs.get("beta", 1.0)), float(kwargs.get("alpha", 1.0))
-        masks = ((args[0], beta),) if beta else ()
-        args = args[1:]
+        masks, args = ((args[0], beta),) if beta else (), args[1:]
     if len(args) != 2 or not all(isinstance(a, Tensor) and a.ndim >= 3 for a in args):
         return None
     query, key = args if name != "rmatmul" else args[::-1]
@@ -155,16 +156,12 @@ def _read_einsum(equation: object, *operands: Any) -> Operation | None:
     if parts is None or len(operands) != 2:
         return None
     left, right, batch, row, column = parts.groups()
-    named = [(left, operands[0]), (right, operands[1])]
-    summed = "".join((set(left) & set(right)) - {*batch, row, column})
-    found = []
-    for axes, (names, tensor) in zip(
-        (batch + row + summed, batch + column + summed), named if row in left else named[::-1], strict=True
-    ):
-        if len(summed) != 1 or sorted(names) != sorted(axes):
-            return None
-        found.append(tensor.permute([names.index(axis) for axis in axes]))
-    return Operation(*found)
+    (query, q), (key, k) = sorted(zip((left, right), operands, strict=True), key=lambda part: row not in part[0])
+    width = "".join((set(left) & set(right)) - {*batch, row, column})
+    rows, columns = batch + row + width, batch + column + width
+    if len(width) != 1 or sorted(query) != sorted(rows) or sorted(key) != sorted(columns):
+        return None
+    return Operation(q.permute([query.index(a) for a in rows]), k.permute([key.index(a) for a in columns]))
 
 
 def read_step(
@@ -197,12 +194,9 @@ def read_step(
     return None
 
 
-def _number(value: object) -> float | None:
+def _number(value: Any) -> float | None:
     """The value of a plain number, or of a tensor that costs no synchronization to read and has no gradient."""
-    if isinstance(value, int | float):
-        return float(value)
-    if torch.compiler.is_compiling():
-        return None
-    if isinstance(value, Tensor) and value.numel() == 1 and value.device.type == "cpu" and not value.requires_grad:
-        return float(value)
-    return None
+    if isinstance(value, Tensor):
+        readable = value.numel() == 1 and value.device.type == "cpu" and not value.requires_grad
+        return float(value) if readable else None
+    return float(value) if isinstance(value, int | float) else None

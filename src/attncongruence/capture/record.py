@@ -121,7 +121,7 @@ class CapturedAttention(ScoreSource):
         def pick(tensor: Tensor) -> Tensor:
             return tensor if tensor.shape[0] == 1 != self.batch_size else tensor[index]
 
-        return CapturedAttention(self.layer, self._operation.each(pick))
+        return CapturedAttention(self.layer, self._operation.apply(pick))
 
     def __repr__(self) -> str:
         length, keys = self.lengths

@@ -233,8 +233,7 @@ class AttentionCapture:
 class _ThisThread(threading.local):
     """This thread's forward pass through the model."""
 
-    running = False
-    token: object = None
+    running, token = False, object()  # the token tells the records of one pass from those of another
     error_before: BaseException | None = None
 
     def __init__(self) -> None:

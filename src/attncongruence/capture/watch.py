@@ -92,13 +92,6 @@ def on_torch_fast_path(module: nn.Module, args: Iterable[object]) -> bool:
     return not any(t.requires_grad for t in (*tensors, *module.parameters()))
 
 
-def refuse_replica(module: nn.Module) -> None:
-    """Raises in a copy that torch.nn.DataParallel made for one step: it has the model's hooks and nothing else."""
-    if _compat.is_replica(module):
-        name = type(module).__name__
-        raise RuntimeError(f"this {name} is a replica of torch.nn.DataParallel. {messages.DATA_PARALLEL}")
-
-
 class Recording(threading.local):
     """A forward pass of this thread: the modules that run, and the attention operations seen in them, in order."""
 
@@ -144,7 +137,8 @@ class Watch:
     """Hooks on one module, or on all modules of a model.
 
     `on_end(name, log)` gets the attention operations of each forward pass: of the module, or of whichever module of the
-    model was called from outside. The names in the log are those of the innermost modules that ran.
+    model was called from outside. The names in the log are those of the innermost modules that ran. `candidates` are
+    given for a whole model: the names of the modules whose hidden kernels are shown.
     """
 
     def __init__(
@@ -195,7 +189,9 @@ class Watch:
             return
         if not (self._whole and name):
             self.recording.stop()  # an interrupt skipped the end of the last pass
-        refuse_replica(module)
+        if _compat.is_replica(module):  # made for one step: it has the model's hooks and nothing else
+            name = type(module).__name__
+            raise RuntimeError(f"this {name} is a replica of torch.nn.DataParallel. {messages.DATA_PARALLEL}")
         fast = on_torch_fast_path(module, (*args, *kwargs.values()))
         if not self.recording.path:
             # Checkpointing calls forward again in backward; the module was seen before.
