@@ -59,9 +59,9 @@ NO_SUCH_LAYER = "{}. Modules that look like attention: {} (see find_attention)"
 def nothing_seen(candidates: Iterable[str]) -> str:
     """The layers ran, and no attention was seen in them."""
     return (
-        "No softmax over a product of queries and keys was seen, and no scaled_dot_product_attention. The layer may use "
-        "a kernel that torch functions do not show (flash, flex, xformers, TorchScript, or exp and sum by hand), or "
-        "attend without scores (linear attention, convolution). Switch it to sdpa or eager "
+        "No softmax over a product of queries and keys was seen, and no scaled_dot_product_attention. The layer may "
+        "use a kernel that torch functions do not show (flash, flex, xformers, TorchScript, or exp and sum by hand), "
+        "or attend without scores (linear attention, convolution). Switch it to sdpa or eager "
         "(model.set_attn_implementation('sdpa') in transformers), or name another layer. Modules that look like "
         f"attention: {some(candidates)}."
     )

@@ -93,7 +93,7 @@ class AttentionMode(TorchFunctionMode):
         if not isinstance(result, Tensor) or result.ndim < 3:
             return
         if name in product.RESHAPES and args and isinstance(args[0], Tensor):
-            self._note_fold(args[0], result)
+            _note_fold(self.folds, args[0].shape, result.shape)
         operation = None
         if name in product.PRODUCTS:
             operation = self._product(name, args, kwargs)
@@ -120,11 +120,6 @@ class AttentionMode(TorchFunctionMode):
         # Inference tensors do not count writes.
         unchanged = not tensor.is_inference() and version == _compat.version(tensor) - in_place
         return operation if unchanged else operation.opaque()
-
-    def _note_fold(self, before: Tensor, after: Tensor) -> None:
-        wide, flat = (before, after) if before.ndim == 4 else (after, before)
-        if wide.ndim == 4 and flat.ndim == 3 and flat.shape == (wide.shape[0] * wide.shape[1], *wide.shape[2:]):
-            self.folds.setdefault(flat.shape[0], (wide.shape[0], wide.shape[1]))
 
     def _product(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Operation | None:
         # baddbmm(alibi, batch1=query, batch2=key), matmul(query, other=key)
@@ -164,6 +159,15 @@ class AttentionMode(TorchFunctionMode):
         return product.read_step(name, operation, tensor, args, kwargs) or opaque
 
 
+def _note_fold(folds: dict[int, tuple[int, int]], before: torch.Size, after: torch.Size) -> None:
+    wide, flat = (before, after) if len(before) == 4 else (after, before)
+    if len(wide) == 4 and flat == (wide[0] * wide[1], *wide[2:]):
+        folds.setdefault(flat[0], (wide[0], wide[1]))
+
+
+_FOLDS = (Tensor.reshape, Tensor.view, Tensor.flatten, torch.reshape, torch.flatten, torch.unflatten)
+
+
 class CompiledMode(TorchFunctionMode):
     """The mode that `torch.compile` traces. It lives as long as the watch, and keeps what it sees in one slot.
 
@@ -174,6 +178,7 @@ class CompiledMode(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.slot: tuple[tuple[Any, ...], ...] = ()
+        self.shapes: tuple[tuple[torch.Size, torch.Size], ...] = ()  # before and after each reshape
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -186,18 +191,25 @@ class CompiledMode(TorchFunctionMode):
             self.slot = (*self.slot, (func is F.scaled_dot_product_attention, args, kwargs))
         if func is Tensor.unflatten:  # its super() is more than torch.compile could trace under a mode in torch 2.11
             func = torch.unflatten
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func in _FOLDS and args:
+            self.shapes = (*self.shapes, (args[0].shape, result.shape))
+        return result
 
     def take(self) -> list[Operation]:
         """Empties the slot; called outside of compiled code."""
         taken, self.slot = self.slot, ()
+        shapes, self.shapes = self.shapes, ()
+        folds: dict[int, tuple[int, int]] = {}
+        for before, after in shapes:
+            _note_fold(folds, before, after)
         found = []
         for is_sdpa, args, kwargs in taken:
             if is_sdpa:
                 found.append(product.read_sdpa(*args, **kwargs))
             elif (logits := product.softmax_logits(*args, **kwargs)) is not None:
                 found.append(Operation(logits=logits))
-        return found
+        return [operation.four_d(folds) for operation in found]
 
 
 def push_mode(mode: TorchFunctionMode) -> None:

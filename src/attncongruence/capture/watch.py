@@ -184,7 +184,7 @@ class Watch:
         if torch.compiler.is_compiling():
             # Reading `closed` makes it a guard: after close() the model is compiled again, without us.
             if not self.closed and (self.analysis or torch.is_grad_enabled()):
-                self.compiled.slot = ()
+                self.compiled.slot = self.compiled.shapes = ()
                 push_mode(self.compiled)
             return
         if not (self._whole and name):
