@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 from torch.overrides import _get_current_function_mode_stack
 
 from attncongruence.capture import capture_attention
-from tests.helpers.models import Stack, hook_count
+from tests.helpers.models import Attention, Stack, hook_count
 from tests.helpers.problems import pairwise
 
 
@@ -82,6 +82,30 @@ def test_compiled_models_are_captured_in_one_graph_compiled_once(kind, order, la
     for our, their in zip(ours, expected, strict=True):
         torch.testing.assert_close(our, their)
     assert counter.frame_count == 1
+    assert not counters["graph_break"]
+
+
+class Folded(Attention):
+    """Batch and heads in one dimension, for `bmm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2).flatten(0, 1) for t in self.qkv(x).chunk(3, -1))
+        out = torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v)
+        return out.view(x.shape[0], 2, -1, 8).transpose(1, 2).flatten(2)
+
+
+def test_batch_and_heads_in_one_dimension_are_told_apart_in_compiled_code():
+    torch.manual_seed(0)
+    model = Folded()
+    counter = CompileCounterWithBackend("aot_eager")
+    with capture_attention(model, "") as capture:
+        compiled = torch.compile(model, backend=counter)
+        for batch, length in ((3, 5), (4, 6), (2, 7)):
+            x = torch.randn(batch, length, 16)
+            compiled(x)
+            q, k, _ = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in model.qkv(x).chunk(3, -1))
+            torch.testing.assert_close(capture.pop().scores, q @ k.mT)
+    assert counter.frame_count == 2  # as without capture: the second size makes the sizes dynamic
     assert not counters["graph_break"]
 
 

@@ -252,7 +252,7 @@ def test_popping_lets_the_graph_go(model, x):
         for _ in range(2):
             model(x)
             record = capture.pop()
-            parts = [record.query, record.key, record.scores, record._seen.query]
+            parts = [record.query, record.key, record.scores, record._operation.query]
             alive = [weakref.ref(part) for part in parts]
             del record, parts
             gc.collect()
@@ -263,7 +263,7 @@ def test_closing_lets_go_of_what_was_not_popped(model, x):
     capture = capture_attention(model)
     model(x)
     model(x)
-    alive = [weakref.ref(record._seen.query) for _, record in capture._records]
+    alive = [weakref.ref(record._operation.query) for _, record in capture._records]
     assert [ref() is None for ref in alive] == [False, False]
     capture.close()
     gc.collect()

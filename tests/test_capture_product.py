@@ -1,14 +1,11 @@
 """From the softmax back to q and k: every way models write `softmax(scale q k^T + mask)`."""
 
-import math
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from attncongruence.capture import CapturedAttention, capture_attention
-from attncongruence.capture.product import Trail
-from attncongruence.capture.seen import FLOOR, Seen
+from attncongruence.capture.trace import AttentionMode
 
 B, H, N, D = 2, 3, 5, 4
 MASK = torch.zeros(B, 1, 1, N).masked_fill(torch.arange(N) == 4, -1e4)
@@ -73,6 +70,7 @@ REPRODUCIBLE = {
         batch1=flat(q), batch2=flat(k).mT, beta=1.0, alpha=0.5
     ).view(B, H, N, N).softmax(dim=-1),
     "einsum": lambda q, k: (torch.einsum("bhid,bhjd->bhij", q, k) / 2 + MASK).softmax(-1),
+    "einsum of a list": lambda q, k: (torch.einsum("bhid,bhjd->bhij", [q, k]) / 2 + MASK).softmax(-1),
     "einsum, heads last": lambda q, k: (
         torch.einsum("b j h d, b i h d -> b h i j", k.transpose(1, 2), q.transpose(1, 2)) / 2 + MASK
     ).softmax(-1),
@@ -117,6 +115,14 @@ OPAQUE = {
     "soft cap": (lambda q, k: (5 * torch.tanh(q @ k.mT / 5)).softmax(-1), lambda s: 5 * torch.tanh(s / 5)),
     "row maximum": (lambda q, k: clamped_max(q @ k.mT).softmax(-1), clamped_max),
     "clamp": (lambda q, k: (q @ k.mT).clamp(-1, 1).softmax(-1), lambda s: s.clamp(-1, 1)),
+    "clamp, all by keyword": (
+        lambda q, k: torch.clamp(input=q @ k.mT, min=-1, max=1).softmax(-1),
+        lambda s: s.clamp(-1, 1),
+    ),
+    "a mask times a small alpha": (
+        lambda q, k: torch.add(q @ k.mT, MASK, alpha=0.1).softmax(-1),
+        lambda s: s + 0.1 * MASK,
+    ),
     "scale per head": (
         lambda q, k: (q @ k.mT * torch.arange(1.0, H + 1).view(H, 1, 1)).softmax(-1),
         lambda s: s * torch.arange(1.0, H + 1).view(H, 1, 1),
@@ -146,43 +152,6 @@ def test_scores_written_to_behind_our_back_lose_their_q_and_k():
     torch.testing.assert_close(record.scores, expected)
 
 
-def test_hand_values():
-    q, k = torch.tensor([[[[1.0], [2.0]]]]), torch.tensor([[[[3.0], [4.0]]]])
-    record = CapturedAttention("attention", Seen(query=q, key=k, scale=0.5, causal=True))
-    assert record.scores.tolist() == [[[[1.5, -math.inf], [3.0, 4.0]]]]
-    assert record.allowed.tolist() == [[[[True, False], [True, True]]]]
-    assert record.probs[0, 0, 0].tolist() == [1.0, 0.0]
-    assert record.probs[0, 0, 1].tolist() == pytest.approx([1 / (1 + math.e), math.e / (1 + math.e)])
-    assert CapturedAttention("attention", Seen(query=q, key=k)).allowed is None
-
-
-@pytest.mark.parametrize("low", [-math.inf, torch.finfo(torch.float32).min, -1e9, -1e4, -9984.0])
-def test_every_usual_mask_value_hides_and_an_ordinary_bias_does_not(low):
-    q = torch.ones(1, 1, 2, 1)
-    mask = torch.tensor([[low, 0.0], [-100.0, FLOOR + 1]])
-    record = CapturedAttention("attention", Seen(query=q, key=q, masks=((mask, 1.0),)))
-    assert record.allowed.tolist() == [[[[False, True], [True, True]]]]
-    assert record.scores.tolist() == [[[[-math.inf, 1.0], [-99.0, FLOOR + 2]]]]
-    assert record.query is None  # -100 is a bias
-
-
-def test_rows_without_any_allowed_key_have_no_probability_and_no_nan():
-    q = torch.ones(1, 1, 2, 1, requires_grad=True)
-    mask = torch.tensor([[False, False], [True, True]])
-    record = CapturedAttention("attention", Seen(query=q, key=q, masks=((mask, 1.0),)))
-    assert record.probs.tolist() == [[[[0.0, 0.0], [0.5, 0.5]]]]
-    (gradient,) = torch.autograd.grad(record.probs.square().sum(), q)
-    assert torch.isfinite(gradient).all()
-
-
-def test_grouped_queries_repeat_their_keys():
-    q, k = torch.randn(1, 4, 3, 2), torch.randn(1, 2, 3, 2)
-    record = CapturedAttention("attention", Seen(query=q, key=k))
-    assert torch.equal(record.key[0, 1], k[0, 0])
-    assert torch.equal(record.key[0, 2], k[0, 1])
-    torch.testing.assert_close(record.scores[0, 3], q[0, 3] @ k[0, 1].T)
-
-
 @pytest.mark.parametrize("samples", [1, [1, 0], slice(1, 2), torch.tensor([1]), torch.tensor([False, True])])
 @pytest.mark.parametrize("name", ["matmul", "folded", "baddbmm"])
 def test_samples_are_picked_from_everything(name, samples):
@@ -195,24 +164,32 @@ def test_samples_are_picked_from_everything(name, samples):
     assert torch.equal(picked.allowed.expand(picked.scores.shape), record.allowed.expand(B, H, N, N)[rows])
 
 
-def test_one_mask_for_all_samples_stays_one():
-    q = torch.randn(3, 1, 2, 2)
-    record = CapturedAttention("attention", Seen(query=q, key=q, masks=((torch.ones(2, 2).tril().bool(), 1.0),)))
-    assert record[[0, 2]].allowed.shape == (1, 1, 2, 2)
-    torch.testing.assert_close(record[[0, 2]].scores, record.scores[[0, 2]])
+@pytest.mark.parametrize("way", [in_place, written_behind])
+def test_inference_tensors_count_no_writes_so_scores_are_all_that_is_offered(way):
+    model = Ways(way)
+    with capture_attention(model, model, analysis=True) as captured:
+        with torch.inference_mode():
+            model()
+        record = captured.pop()
+        with torch.no_grad():
+            model()
+        expected = captured.pop()
+    assert record.query is None
+    torch.testing.assert_close(record.scores, expected.scores)
+    assert torch.equal(record.allowed, expected.allowed.expand(record.scores.shape))
 
 
 def test_a_freed_tensors_id_tells_nothing_of_the_next():
     # Dropout in eval hands its own argument through; if that argument has the id of freed probabilities, it must not
     # become probabilities itself (seen as a last layer that went missing, one run in six).
-    trail = Trail()
+    mode = AttentionMode(lambda operation: None)
     query, key = torch.randn(2, 4, 5, 3), torch.randn(2, 4, 5, 3)
     scores = query @ key.mT
-    trail.follow("matmul", (query, key.mT), {}, scores)
+    mode.follow("matmul", (query, key.mT), {}, scores)
     probs = scores.softmax(-1)
-    trail.follow("softmax", (scores,), {"dim": -1}, probs)
+    mode.follow("softmax", (scores,), {"dim": -1}, probs)
     hidden = torch.randn(2, 5, 12)
-    trail._made[id(hidden)] = trail._made[id(probs)]
+    mode._made[id(hidden)] = mode._made[id(probs)]
     del probs
-    trail.follow("dropout", (hidden,), {}, hidden)
-    assert trail._known(hidden, hidden._version) is None
+    mode.follow("dropout", (hidden,), {}, hidden)
+    assert mode._known(hidden) is None

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from attncongruence import CACRLoss, _compat, regularize
 from attncongruence.capture import capture_attention
 from attncongruence.capture.find import named_modules
-from attncongruence.capture.mode import push_mode, remove_mode
+from attncongruence.capture.trace import push_mode, remove_mode
 from tests.helpers.single_head import ByHand, Fused, X, record
 
 

@@ -205,10 +205,10 @@ Q = torch.randn(2, 4, 5, 8, generator=torch.Generator().manual_seed(0))
     ],
 )
 def test_flash_kernels_say_their_mask_in_options(mask, options, allowed):
+    from attncongruence.capture.kernels import _operation
     from attncongruence.capture.record import CapturedAttention
-    from attncongruence.integrations.kernels import _seen
 
-    record = CapturedAttention("attention", _seen(nn.Identity(), Q, Q, mask, options))
+    record = CapturedAttention("attention", _operation(nn.Identity(), Q, Q, mask, options))
     expected = mask.bool()[:, None, None].expand(2, 1, 5, 5) if allowed is None else allowed
     assert torch.equal(record.allowed.expand(2, 1, 5, 5), expected)
     scores = (Q @ Q.mT / 8**0.5).masked_fill(~expected, -torch.inf)
@@ -217,6 +217,6 @@ def test_flash_kernels_say_their_mask_in_options(mask, options, allowed):
 
 @pytest.mark.parametrize("options", [{"softcap": 30.0}, {"s_aux": torch.ones(4)}, {"cu_seq_lens_q": torch.ones(2)}])
 def test_kernels_that_do_more_are_left_to_the_error_of_an_empty_capture(options):
-    from attncongruence.integrations.kernels import _seen
+    from attncongruence.capture.kernels import _operation
 
-    assert _seen(SimpleNamespace(is_causal=True), Q, Q, None, options) is None
+    assert _operation(SimpleNamespace(is_causal=True), Q, Q, None, options) is None

@@ -193,7 +193,7 @@ def locate(
     pairs_known, allowed = False, None if source is None else source.allowed
     if allowed is not None:
         assert source is not None
-        pairs_known, mask = source.has_pair_mask, joined(allowed, mask)
+        pairs_known, mask = source.masks_pairs is True, joined(allowed, mask)
     shape = x.shape
     batch, heads, length = shape[0], shape[1] if len(shape) == 4 else 0, shape[-1]
     if shape[-2] != length:

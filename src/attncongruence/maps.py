@@ -16,7 +16,6 @@ from attncongruence.blocks import AttentionBlocks, Quadrants, both_modalities, o
 from attncongruence.conventions import Convention
 
 Masks = Quadrants[Tensor | None]
-_ALL: Masks = Quadrants(None, None, None, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,19 +43,20 @@ def sides(blocks: AttentionBlocks, convention: Convention, direction: str, *, bo
         direction: `"language"`, `"vision"` or `"both"`.
         both_ways: whether the language side needs VL too, and the vision side LV.
     """
-    masks = entries(blocks) if blocks._padded or blocks.allowed is not None else _ALL
+    masked, pairs = blocks._padded or blocks.allowed is not None, blocks.allowed is not None
+    masks: Masks = entries(blocks) if masked else Quadrants(None, None, None, None)
     language, vision = direction != "vision", direction != "language"
     empty = blocks.LL.new_empty(0)
     LL = attention_map(blocks.LL, masks.LL, convention)
     VV = attention_map(blocks.VV, masks.VV, convention)
     LV = attention_map(blocks.LV, masks.LV, convention) if language or both_ways else empty
     VL = attention_map(blocks.VL, masks.VL, convention) if blocks.VL is not None and (vision or both_ways) else empty
-    found, pairs = [], blocks.allowed is not None
+    found = []
     if language:
-        counted = masks if masks is _ALL else counted_entries(masks, convention, pairs)
+        counted = counted_entries(masks, convention, pairs) if masked else masks
         found.append(Maps(LL, LV, VL, VV, counted, blocks.LL, masks.LL))
     if vision:
-        counted = masks if masks is _ALL else counted_entries(masks.swap(), convention, pairs)
+        counted = counted_entries(masks.swap(), convention, pairs) if masked else masks
         found.append(Maps(VV, VL, LV, LL, counted, blocks.VV, masks.VV))
     return found
 
@@ -67,7 +67,7 @@ def entries(blocks: AttentionBlocks) -> Masks:
     Padding, pairs that may not attend, and samples without text or without image do not count.
     """
     if not blocks._padded and blocks.allowed is None:
-        return _ALL
+        return Quadrants(None, None, None, None)
     both = both_modalities(blocks.text_mask, blocks.image_mask)[:, None]
     text, image = blocks.text_mask & both, blocks.image_mask & both
     masks = Quadrants(outer(text, text), outer(text, image), outer(image, text), outer(image, image))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -51,20 +52,20 @@ class ScoreSource(Protocol):
         """Factor of `query key^T`."""
         return 1.0
 
-    @property
-    def shape(self) -> torch.Size:
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
         """Shape of `scores`."""
-        return self.scores.shape
+        return tuple(self.scores.shape)
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         """Device of `scores`."""
         return self.scores.device
 
     @property
-    def has_pair_mask(self) -> bool:
-        """Whether `allowed` is known, without looking at its values, to differ between queries or heads."""
-        return False
+    def masks_pairs(self) -> bool | None:
+        """Whether `allowed` is a mask of pairs, and not only a token mask; None where only its values tell."""
+        return None
 
 
 if TYPE_CHECKING:
@@ -134,9 +135,9 @@ class QueryKey(ScoreSource):
             return (self._scale * at_least_float32(self._query)) @ at_least_float32(self._key).mT
 
     @property
-    def shape(self) -> torch.Size:
+    def shape(self) -> tuple[int, ...]:
         """Shape of `scores`."""
-        return torch.Size((*self._query.shape[:3], self._key.shape[2]))
+        return (*self._query.shape[:3], self._key.shape[2])
 
     @property
     def device(self) -> torch.device:

@@ -2,19 +2,14 @@
 
 import fnmatch
 import re
-import sys
-import threading
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from torch import nn
 
 from attncongruence import _compat
-from attncongruence.capture.hooks import eager_pass_hooks, nothing, uncompiled_hook
-from attncongruence.capture.mode import AttentionMode, push_mode, remove_mode
-from attncongruence.capture.seen import Seen
-from attncongruence.capture.streams import Streams
-from attncongruence.capture.watch import gradients_off, on_torch_fast_path, recomputing, refuse_replica, show_kernel
+from attncongruence.capture import messages
+from attncongruence.capture.product import Log, Operation
+from attncongruence.capture.watch import Watch
 
 _WRAPPERS = re.compile(rf"(?:^|\.)(?:{'|'.join(_compat.WRAPPERS)})(?=\.|$)")
 
@@ -22,8 +17,8 @@ _WRAPPERS = re.compile(rf"(?:^|\.)(?:{'|'.join(_compat.WRAPPERS)})(?=\.|$)")
 def find_attention(model: nn.Module) -> dict[str, str]:
     """Modules that look like attention, by dotted name: candidates for `capture_attention(model, layers=name)`.
 
-    Only names and classes are looked at, nothing runs; what really attends is known after a forward pass. Wrappers
-    around another candidate are left out.
+    Only names and classes are looked at, nothing runs; which modules really attend is known after a forward pass.
+    Wrappers around another candidate are left out.
 
     Args:
         model: any `nn.Module`.
@@ -43,22 +38,8 @@ def find_attention(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _alias(model: nn.Module, name: str) -> nn.Module | None:
-    """The module by another of its names, where one module is shared."""
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
-
-
-def some_candidates(model: nn.Module) -> str:
-    """The last of `find_attention`, for an error message."""
-    names = [name or "the model itself" for name in find_attention(model)]
-    return ", ".join(names[-6:]) or "none, by their class names"
-
-
 def _looks_like_attention(module: nn.Module) -> bool:
-    if not any(True for _ in module.parameters()):
+    if not _learns(module):
         return False
     children = [name for name, _ in module.named_children()]
     if "qkv" in children or all(any(name.startswith(letter) for name in children) for letter in "qkv"):
@@ -66,6 +47,10 @@ def _looks_like_attention(module: nn.Module) -> bool:
     words = type(module).__name__.lower()
     # Parts of an attention attend to nothing.
     return ("attention" in words or "attn" in words) and not words.endswith(("output", "norm", "pooling", "mlp"))
+
+
+def _learns(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -82,135 +67,49 @@ def select_modules(model: nn.Module, layers: Iterable[str | nn.Module]) -> dict[
     named = named_modules(model)
     chosen: set[str] = set()
     for layer in layers:
+        names = []
         if isinstance(layer, str):
             names = [layer] if layer in named else [name for name in named if fnmatch.fnmatchcase(name, layer)]
-            names = names or [first for first, module in named.items() if module is _alias(model, layer)]
-            wanted = f"no module is called {layer!r}"
-        else:
-            names = [name for name, module in named.items() if module is layer]
-            wanted = f"the given {type(layer).__name__} is not a module of this {type(model).__name__}"
         if not names:
-            raise ValueError(
-                f"{wanted}. Modules that look like attention: {some_candidates(model)} (see find_attention)"
-            )
+            names = [name for name, module in named.items() if module is _module(model, layer)]
+        if not names:
+            wrong = f"the given {type(layer).__name__} is not a module of this {type(model).__name__}"
+            if isinstance(layer, str):
+                wrong = f"no module is called {layer!r}"
+            raise ValueError(messages.NO_SUCH_LAYER.format(wrong, messages.some(find_attention(model))))
         chosen.update(names)
     return {name: module for name, module in named.items() if name in chosen}
 
 
-Log = list[tuple[str, Seen]]
+def _module(model: nn.Module, layer: str | nn.Module) -> nn.Module | None:
+    """A module, or the module of this name: where one module is shared, it has several."""
+    try:
+        return model.get_submodule(layer) if isinstance(layer, str) else layer
+    except AttributeError:
+        return None
 
 
-class Finder:
-    """Watches whole forward passes; `done(log, whole)` gets what attended, in order: `(module name, operation)`.
+def watch_model(model: nn.Module, analysis: bool, on_end: Callable[[str, Log], None]) -> Watch:
+    """Watches all modules of a model; `on_end("", log)` is called when the model has run.
 
-    The name is that of the innermost module with parameters, so that a `nn.Softmax` or `nn.Dropout` called on the way
-    does not stand for the attention it is part of. A pass is an outermost call of any module: `whole` says that it was
-    the model's own forward, and not that of a part which someone called directly.
+    Modules without parameters are left out: an `nn.Softmax` or `nn.Dropout` called on the way does not stand for the
+    attention it is part of.
     """
-
-    def __init__(self, model: nn.Module, analysis: bool, done: Callable[[Log, bool], None]) -> None:
-        self.analysis, self.done = analysis, done
-        self._local = threading.local()
-        self._handles: list[Any] = []
-        self._candidates = set(find_attention(model))
-        for name, module in named_modules(model).items():
-            if module is model or any(True for _ in module.parameters()):
-                self._attach(name, module)
-
-    def _attach(self, name: str, module: nn.Module) -> None:
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            refuse_replica(module)
-            frozen = not self.analysis and on_torch_fast_path(module, (*args, *kwargs.values()))
-            self._enter(name, module, unwatched=frozen)
-
-        def leave(module: nn.Module, args: object, result: object) -> None:
-            self._leave(name, result)
-
-        # Under torch.compile this one pass runs eagerly: layers are not known yet, and hooks on all would be traced.
-        before, after = (uncompiled_hook(),) * 2 if name else eager_pass_hooks()
-        self._handles.append(module.register_forward_pre_hook(before(enter), with_kwargs=True))
-        self._handles.append(module.register_forward_hook(after(leave), always_call=True, prepend=True))
-
-    def _enter(self, name: str, module: nn.Module, *, unwatched: bool) -> None:
-        now: _Pass | None = getattr(self._local, "now", None)
-        if now is not None and not name:
-            now.stop()  # an interrupt skipped the end of the last pass
-            now = None
-        if now is None:
-            if recomputing() or (gradients_off() and not self.analysis):
-                return
-            now = self._local.now = _Pass()
-        now.enter(name, show_kernel(module) if name in self._candidates else nothing, unwatched)
-
-    def _leave(self, name: str, result: object) -> None:
-        now: _Pass | None = getattr(self._local, "now", None)
-        if now is None:
-            return
-        now.leave()
-        if not now.path:
-            self._local.now = None
-            log = now.stop()
-            if not (result is None and sys.exc_info()[1] is not now.error):
-                self.done(log, not name)
-
-    def close(self) -> None:
-        """Takes all hooks off, and the mode of a pass that was cut short."""
-        while self._handles:
-            self._handles.pop().remove()
-        now: _Pass | None = getattr(self._local, "now", None)
-        if now is not None:
-            self._local.now = None
-            now.stop()
+    modules = {name: module for name, module in named_modules(model).items() if module is model or _learns(module)}
+    return Watch(modules, analysis, on_end, find_attention(model))
 
 
-class _Pass:
-    """One forward pass of one thread: the path to the module that runs, and what attended."""
-
-    def __init__(self) -> None:
-        self.path: list[str] = []
-        self.error = sys.exc_info()[1]
-        self._log: Log = []
-        self._undo: list[Callable[[], None]] = []
-        self._unwatched = 0  # depth at which watching stopped
-        self._mode = AttentionMode(self._see, Streams())
-        push_mode(self._mode)
-
-    def enter(self, name: str, undo: Callable[[], None], unwatched: bool) -> None:
-        self.path.append(name)
-        self._undo.append(undo)
-        if unwatched and not self._unwatched:
-            self._unwatched = len(self.path)
-            remove_mode(self._mode)
-
-    def leave(self) -> None:
-        if len(self.path) == self._unwatched:
-            self._unwatched = 0
-            push_mode(self._mode)
-        self.path.pop()
-        self._undo.pop()()
-
-    def _see(self, seen: Seen) -> None:
-        if seen.from_product:
-            self._log.append((self.path[-1], seen))
-
-    def stop(self) -> Log:
-        remove_mode(self._mode)
-        while self._undo:
-            self._undo.pop()()
-        return [(name, seen.with_fold(self._mode.trail.fold_of)) for name, seen in self._log]
-
-
-def self_attention(log: Log) -> list[tuple[str, int, Seen]]:
+def self_attention(log: Log) -> list[tuple[str, int, Operation]]:
     """The entries where a sequence attends to itself: module, how many of its operations came before, operation."""
     count: dict[str, int] = {}
     found = []
-    for name, seen in log:
+    for name, operation in log:
         number = count[name] = count.get(name, -1) + 1
-        if not crosses(seen):
-            found.append((name, number, seen))
+        if not crosses(operation):
+            found.append((name, number, operation))
     return found
 
 
-def crosses(seen: Seen) -> bool:
+def crosses(operation: Operation) -> bool:
     """Whether queries and keys come from two sequences."""
-    return seen.cross or seen.lengths[0] != seen.lengths[1]
+    return operation.cross or operation.lengths[0] != operation.lengths[1]

@@ -1,200 +1,202 @@
-"""From a softmax back to the product that fed it: which q and k made these scores.
+"""Recognizes one attention operation in the torch functions that a model calls.
 
-A model that calls `matmul` and `softmax` itself never shows its queries and keys to the softmax. They are found by
-following the scores forwards instead: every product of two batched tensors starts a trail, scaling it, adding a mask to
-it or filling it keeps the trail, and anything else (a soft cap, a shift by the row's maximum) keeps only the knowledge
-that the tensor came from a product. A trail is never computed with; only `record.py` does, after the forward pass.
+`scaled_dot_product_attention` names its queries and keys. A model that calls `matmul` and `softmax` itself does not:
+there, each product of two batched tensors may be `query @ key.T`, and each later function on the result either adds to
+it in a known way (a scale, a mask) or makes it opaque (a soft cap, a shift by the row's maximum). Nothing is computed.
 """
 
 import dataclasses
-import weakref
-from collections.abc import Callable, Mapping
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attncongruence import _compat
-from attncongruence.capture.seen import FLOOR, Seen
-from attncongruence.capture.streams import Streams, tensors_in
+# A mask value this low hides a pair: -inf, finfo.min, -1e9 and -1e4 (-9984 in bfloat16) are all in use, and no score
+# outweighs 5000. A position bias is never this low. Swin's -100 between shifted windows is a bias by this rule.
+FLOOR = -5000.0
 
-_PRODUCTS = {"matmul", "rmatmul", "bmm", "baddbmm", "einsum"}
+PRODUCTS = {"matmul", "rmatmul", "bmm", "baddbmm", "einsum"}
+RESHAPES = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"}
+_COPIES = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "alias"}
 _TIMES = {"mul", "rmul", "imul", "multiply"}
-_OVER = {"div", "truediv", "itruediv", "idiv", "divide", "true_divide"}
+_DIVIDE = {"div", "truediv", "itruediv", "idiv", "divide", "true_divide"}
 _PLUS = {"add", "radd", "iadd"}
 _MINUS = {"sub", "isub", "subtract"}
 _FILL = {"masked_fill", "where"}
-_FACTORS = ("input", "batch1", "batch2", "mat2", "tensor2", "other")
+FACTORS = ("input", "batch1", "batch2", "mat2", "tensor2", "other")
 _OPERANDS = {"other", "mask", "value"}
-_SAME = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "alias"}
-_FOLD = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"}
 
 
-class Trail:
-    """Remembers, for one forward pass, how each score-like tensor was made."""
-
-    def __init__(self, streams: Streams | None = None) -> None:
-        self.streams = streams
-        # Weak, so that the model's intermediate scores are freed as early as they are without us. The version tells a
-        # tensor that was written to behind our back (`scores[..., 0] = 0`) from the one that was remembered.
-        self._made: dict[int, tuple[weakref.ref[Tensor], float, Seen]] = {}
-        self._folds: dict[int, tuple[int, int]] = {}
-
-    def follow(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object) -> None:
-        """Takes note of one torch function after it ran; `name` is its name without underscores."""
-        if self.streams is not None:
-            self.streams.follow(args, kwargs, result)
-        if not isinstance(result, Tensor) or result.ndim < 3:
-            return
-        if name in _FOLD and args and isinstance(args[0], Tensor):
-            self._note_fold(args[0], result)
-        seen = self._product(name, args, kwargs) if name in _PRODUCTS else self._derived(name, args, kwargs, result)
-        if seen is not None:
-            self._made[id(result)] = (weakref.ref(result), _compat.version(result), seen)
-
-    def at_softmax(self, logits: Tensor) -> Seen:
-        """What is known about the input of a softmax."""
-        seen = self._known(logits, _compat.version(logits))
-        if seen is None:
-            return Seen(logits=logits, from_product=False)
-        return dataclasses.replace(seen, logits=logits)
-
-    def fold_of(self, size: int) -> tuple[int, int] | None:
-        """`(batch, heads)` of a first dimension of this size, if a reshape told."""
-        return self._folds.get(size)
-
-    def _known(self, tensor: Tensor, version: float) -> Seen | None:
-        ref, seen_version, seen = self._made.get(id(tensor), (None, 0, None))
-        if ref is None or seen is None or ref() is not tensor:
-            return None
-        return seen if seen_version == version else Seen(cross=seen.cross, from_product=seen.from_product)
-
-    def _remembers(self, tensor: Tensor) -> bool:
-        ref, *_ = self._made.get(id(tensor), (None,))
-        return ref is not None and ref() is tensor
-
-    def _note_fold(self, before: Tensor, after: Tensor) -> None:
-        wide, flat = (before, after) if before.ndim == 4 else (after, before)
-        if wide.ndim == 4 and flat.ndim == 3 and flat.shape == (wide.shape[0] * wide.shape[1], *wide.shape[2:]):
-            self._folds.setdefault(flat.shape[0], (wide.shape[0], wide.shape[1]))
-
-    def _product(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Seen | None:
-        # baddbmm(alibi, batch1=query, batch2=key), matmul(query, other=key)
-        args = (*args, *(kwargs[key] for key in _FACTORS if key in kwargs))
-        factors = tensors_in(args)[-2:]
-        if any((known := self._known(t, _compat.version(t))) is not None and not known.from_product for t in factors):
-            return None  # probabilities times values
-        seen = _product(name, args, kwargs)
-        if seen is None or self.streams is None:
-            return seen
-        return dataclasses.replace(seen, cross=self.streams.differ(*factors))
-
-    def _derived(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> Seen | None:
-        # By identity, not by id alone: a freed tensor leaves its id to another, which dropout in eval hands through.
-        tensor = next((t for t in tensors_in((*args, *kwargs.values())) if self._remembers(t)), None)
-        if tensor is None:
-            return None
-        if tensor is result and self._made[id(tensor)][1] == _compat.version(tensor):
-            return self._made[id(tensor)][2]  # nothing to do, like contiguous() of a contiguous tensor
-        # In place, the remembered tensor is the result itself, one version on.
-        in_place = tensor is result and not result.is_inference()
-        seen = self._known(tensor, _compat.version(tensor) - in_place)
-        still_scores = (
-            tensor.numel() == result.numel()
-            or tensor.shape[:-1] == result.shape[:-1]
-            or tensor.shape[-2:] == result.shape[-2:]
-        )
-        if seen is None or not still_scores:
-            return None
-        opaque = Seen(cross=seen.cross, from_product=seen.from_product and name != "softmax")
-        # Transposed scores are for the other stream, longer ones have a sink, wider ones a bias for each head: all are
-        # scores, none is scale q k^T.
-        same_shape = tensor.shape == result.shape or (name in _FOLD and tensor.shape[-2:] == result.shape[-2:])
-        if seen.query is None or not same_shape or name == "softmax":
-            return opaque
-        operands = [*args, *(value for key, value in kwargs.items() if key in _OPERANDS)]
-        return _step(name, seen, tensor, operands) or opaque
+Masks = tuple[tuple[Tensor, float], ...]
 
 
-def _step(name: str, seen: Seen, scores: Tensor, args: list[Any]) -> Seen | None:
-    """The trail after one operation on the scores, or None when they are no longer scale, product and masks."""
-    if name in _SAME or name in _FOLD:
-        return seen
-    first = args[0] is scores
-    rest = [a for a in args if a is not scores]
-    if (name in _TIMES or (name in _OVER and first)) and len(rest) == 1:
-        number = _number(rest[0])
-        if not number:
-            return None
-        factor = 1.0 / number if name in _OVER else number
-        masks = tuple((m, f if m.dtype == torch.bool else f * factor) for m, f in seen.masks)
-        return dataclasses.replace(seen, scale=seen.scale * factor, masks=masks)
-    minus = name in _MINUS
-    if (name in _PLUS or (minus and first)) and len(rest) == 1 and isinstance(rest[0], Tensor):
-        return dataclasses.replace(seen, masks=(*seen.masks, (rest[0], -1.0 if minus else 1.0)))
-    if name in _FILL and len(rest) == 2 and isinstance(rest[0], Tensor) and _is_floor(rest[1]):
-        # masked_fill(scores, hidden, floor), where(allowed, scores, floor) or where(hidden, floor, scores)
-        hides = name == "masked_fill" or args[-1] is scores
-        return dataclasses.replace(seen, masks=(*seen.masks, (rest[0], -1.0 if hides else 1.0)))
-    return None
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One attention operation as it was called: `softmax(scale * query @ key.T + sum(masks))`, nothing computed.
+
+    Args:
+        query: `(..., length, width)`, or None where only `logits` are known.
+        key: `(..., keys, width)`; fewer heads than `query` when queries are grouped.
+        scale: factor of the product.
+        masks: pairs `(mask, factor)`: a boolean mask is True at allowed pairs (factor 1) or at hidden pairs (-1), any
+            other mask is added `factor` times.
+        causal: query `i` sees keys `0..i`.
+        logits: the tensor given to `softmax`, where the model calls it by itself.
+        from_product: False for a softmax over something that is no product of two batched tensors.
+        cross: queries and keys are known to come from two sequences.
+    """
+
+    query: Tensor | None = None
+    key: Tensor | None = None
+    scale: float = 1.0
+    masks: Masks = ()
+    causal: bool = False
+    logits: Tensor | None = None
+    from_product: bool = True
+    cross: bool = False
+
+    @property
+    def main(self) -> Tensor:
+        """The tensor that the softmax or the kernel was given first."""
+        tensor = self.query if self.logits is None else self.logits
+        assert tensor is not None
+        return tensor
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Number of queries and of keys."""
+        columns = self.key.shape[-2] if self.logits is None and self.key is not None else self.main.shape[-1]
+        return self.main.shape[-2], columns
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> "Operation":
+        """The same operation with a function applied to each tensor."""
+        query, key, logits = (None if t is None else change(t) for t in (self.query, self.key, self.logits))
+        masks = tuple((change(mask), factor) for mask, factor in self.masks)
+        return dataclasses.replace(self, query=query, key=key, logits=logits, masks=masks)
+
+    def opaque(self, *, from_product: bool = True) -> "Operation":
+        """What is still known after a function that is neither a scale nor a mask."""
+        return Operation(from_product=self.from_product and from_product, cross=self.cross)
+
+    def four_d(self, folds: Mapping[int, tuple[int, int]] | None = None) -> "Operation":
+        """The same operation with all tensors as `(batch, heads, ...)`: views, no copies.
+
+        `folds` has `(batch, heads)` by the size of a first dimension that holds both.
+        """
+        main = self.main
+        # Parts of a 4-D operation may still be folded: alibi, or q and k of a bmm.
+        folded = (main.shape[0], main.shape[1]) if main.ndim == 4 else (folds or {}).get(main.shape[0])
+
+        def view(tensor: Tensor) -> Tensor:
+            if tensor.ndim >= 4:
+                return tensor
+            if tensor.ndim == 3 and folded is not None and tensor.shape[0] == folded[0] * folded[1]:
+                return tensor.view(*folded, *tensor.shape[1:])
+            return tensor.unsqueeze(1) if tensor.ndim == main.ndim == 3 else tensor[(None,) * (4 - tensor.ndim)]
+
+        return self.apply(view)
 
 
-def _product(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Seen | None:
+Log = list[tuple[str, Operation]]
+"""Attention operations in order of execution, each with the name of its module."""
+
+
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """All tensors among some arguments, also in lists and tuples."""
+    flat: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            flat.append(value)
+        elif isinstance(value, list | tuple):
+            flat += tensors_in(value)
+    return flat
+
+
+def read_sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Operation:
+    """The operation of one call of `scaled_dot_product_attention`. The signature is torch's own."""
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    return Operation(query, key, scale, () if attn_mask is None else ((attn_mask, 1.0),), is_causal)
+
+
+def softmax_logits(input: Tensor, dim: int | None = None, *args: object, **kwargs: object) -> Tensor | None:
+    """The input of a softmax, where it runs over the last of three or more dimensions."""
+    return input if dim is not None and input.ndim >= 3 and dim in (-1, input.ndim - 1) else None
+
+
+def read_product(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Operation | None:
+    """The operation that begins with a product; None if it is no product of two batched tensors."""
     if name == "einsum":
-        return _einsum(*args)
-    masks: tuple[tuple[Tensor, float], ...] = ()
-    scale = 1.0
+        return _read_einsum(*args)
+    masks, scale = Masks(), 1.0
     if name == "baddbmm":
         beta, scale = float(kwargs.get("beta", 1.0)), float(kwargs.get("alpha", 1.0))
-        masks = ((args[0], beta),) if beta else ()
-        args = args[1:]
+        masks, args = ((args[0], beta),) if beta else (), args[1:]
     if len(args) != 2 or not all(isinstance(a, Tensor) and a.ndim >= 3 for a in args):
         return None
     query, key = args if name != "rmatmul" else args[::-1]
-    return Seen(query=query, key=key.transpose(-1, -2), scale=scale, masks=masks)
+    return Operation(query, key.transpose(-1, -2), scale, masks)
 
 
-def _einsum(*args: Any) -> Seen | None:
-    """Reads q and k off an equation like `bihd,bjhd->bhij`; None when it is no attention product."""
-    operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
-    if not isinstance(args[0], str) or len(operands) != 2 or "->" not in args[0] or "." in args[0]:
+def _read_einsum(equation: object, *operands: Any) -> Operation | None:
+    """Finds q and k by an equation like `bihd,bjhd->bhij`; None if it is no attention product."""
+    operands = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], list | tuple) else operands
+    parts = re.fullmatch(r"(\w+),(\w+)->(\w+)(\w)(\w)", str(equation).replace(" ", ""))
+    if parts is None or len(operands) != 2:
         return None
-    left, out = args[0].replace(" ", "").split("->")
-    names = left.split(",")
-    if len(names) != 2 or len(out) < 3:
+    left, right, batch, row, column = parts.groups()
+    (query, q), (key, k) = sorted(zip((left, right), operands, strict=True), key=lambda part: row not in part[0])
+    width = "".join((set(left) & set(right)) - {*batch, row, column})
+    rows, columns = batch + row + width, batch + column + width
+    if len(width) != 1 or sorted(query) != sorted(rows) or sorted(key) != sorted(columns):
         return None
-    *batch, row, column = list(out)
-    query, key = (0, 1) if row in names[0] else (1, 0)
-    summed = (set(names[0]) & set(names[1])) - set(out)
-    if len(summed) != 1:
-        return None
-    (width,) = summed
-    if set(names[query]) != {*batch, row, width} or set(names[key]) != {*batch, column, width}:
-        return None
-
-    def ordered(which: int, axis: str) -> Tensor:
-        tensor: Tensor = operands[which]
-        return tensor.permute([names[which].index(a) for a in (*batch, axis, width)])
-
-    return Seen(query=ordered(query, row), key=ordered(key, column))
+    return Operation(q.permute([query.index(a) for a in rows]), k.permute([key.index(a) for a in columns]))
 
 
-def _number(value: object) -> float | None:
-    """A plain factor; a tensor only if reading it costs no wait for a device and loses no gradient."""
-    if isinstance(value, int | float):
-        return float(value)
-    if torch.compiler.is_compiling():
+def read_step(
+    name: str, operation: Operation, scores: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Operation | None:
+    """The operation after one more function on its scores; None if it is no longer scale, product and masks."""
+    if name in _COPIES or name in RESHAPES:
+        return operation
+    if kwargs.keys() - _OPERANDS - {"input"}:  # alpha, rounding_mode, out
         return None
-    if isinstance(value, Tensor) and value.numel() == 1 and value.device.type == "cpu" and not value.requires_grad:
-        return float(value)
+    args = (*args, *(value for key, value in kwargs.items() if key in _OPERANDS))
+    first = bool(args) and args[0] is scores
+    rest = [a for a in args if a is not scores]
+    if (name in _TIMES or (name in _DIVIDE and first)) and len(rest) == 1:
+        number = _number(rest[0])
+        if not number:
+            return None
+        factor = 1.0 / number if name in _DIVIDE else number
+        masks = tuple((m, f if m.dtype == torch.bool else f * factor) for m, f in operation.masks)
+        return dataclasses.replace(operation, scale=operation.scale * factor, masks=masks)
+    minus = name in _MINUS
+    if (name in _PLUS or (minus and first)) and len(rest) == 1 and isinstance(rest[0], Tensor):
+        return dataclasses.replace(operation, masks=(*operation.masks, (rest[0], -1.0 if minus else 1.0)))
+    if name in _FILL and len(rest) == 2 and isinstance(rest[0], Tensor):
+        # masked_fill(scores, hidden, low), where(allowed, scores, low) or where(hidden, low, scores)
+        low = _number(rest[1])
+        if low is not None and low <= FLOOR:
+            hides = name == "masked_fill" or args[-1] is scores
+            return dataclasses.replace(operation, masks=(*operation.masks, (rest[0], -1.0 if hides else 1.0)))
     return None
 
 
-def _is_floor(value: object) -> bool:
-    number = _number(value)
-    return number is not None and number <= FLOOR
-
-
-def function_name(func: Callable[..., Any]) -> str:
-    """`torch.Tensor.__matmul__`, `torch.matmul` and `Tensor.matmul` are all `matmul`."""
-    return str(getattr(func, "__name__", "")).strip("_")
+def _number(value: Any) -> float | None:
+    """The value of a plain number, or of a tensor that costs no synchronization to read and has no gradient."""
+    if isinstance(value, Tensor):
+        readable = value.numel() == 1 and value.device.type == "cpu" and not value.requires_grad
+        return float(value) if readable else None
+    return float(value) if isinstance(value, int | float) else None

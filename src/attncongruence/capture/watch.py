@@ -1,6 +1,6 @@
-"""Watches one module: the hooks that switch a mode on before its forward and off after it."""
+"""Watches modules: hooks that switch a mode on before a forward and off after it."""
 
-import dataclasses
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -10,43 +10,80 @@ import torch
 from torch import Tensor, nn
 
 from attncongruence import _compat
-from attncongruence.capture.hooks import Hook, nothing
-from attncongruence.capture.mode import AttentionMode, CompiledMode, pop_mode, push_mode, remove_mode
-from attncongruence.capture.product import Trail
-from attncongruence.capture.seen import Seen
-from attncongruence.integrations import kernels
+from attncongruence.capture import messages
+from attncongruence.capture.kernels import do_nothing, show_kernel
+from attncongruence.capture.product import Log, Operation
+from attncongruence.capture.trace import AttentionMode, CompiledMode, Lineage, pop_mode, push_mode, remove_mode
 
 
-def gradients_off() -> bool:
-    """Whether this forward pass leaves no graph."""
-    return not torch.is_grad_enabled()
+class Hook:
+    """A hook that does nothing in a copy or a pickle, so that a copy of a watched model is not watched."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call = call
+
+    def __call__(self, *args: Any) -> Any:  # noqa: D102
+        return self.call(*args)
+
+    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        return _inert_hook, ()
 
 
-def recomputing() -> bool:
-    """Whether a backward pass is running: checkpointing calls forward again there, and it was seen before."""
-    return _compat.in_backward()
+def _inert_hook() -> Callable[..., None]:
+    return do_nothing
 
 
-@dataclasses.dataclass(frozen=True)
-class _Active:
-    """One forward pass of a watched module: what sees it, and what was so before it."""
-
-    mode: AttentionMode
-    seen: list[Seen]
-    error: BaseException | None
-    restore_kernel: Callable[[], None]
+@functools.cache
+def uncompiled_hook() -> type[Hook]:
+    """A type of hook that `torch.compile` does not trace. Made on first use, because it imports dynamo."""
+    call = torch.compiler.disable(Hook.__call__)
+    return type("UncompiledHook", (Hook,), {"__call__": call})
 
 
-def show_kernel(module: nn.Module) -> Callable[[], None]:
-    """Lets a mode see kernels of transformers that no torch function shows, until the returned function is called."""
-    return kernels.show_kernel(module) if "config" in module.__dict__ else nothing
+@functools.cache
+def eager_pass_hooks() -> tuple[type[Hook], type[Hook]]:
+    """Two types of hooks: the first switches `torch.compile` off for one forward pass, the second on again."""
+    compiler = threading.local()
+
+    def open_pass(self: Hook, *args: Any) -> None:
+        compiler.callback = _compat.set_compiler(None)
+        self.call(*args)
+
+    def close_pass(self: Hook, *args: Any) -> None:
+        self.call(*args)
+        _compat.set_compiler(getattr(compiler, "callback", None))
+
+    return (
+        type("OpensEagerPass", (Hook,), {"__call__": _compat.skip_frame(open_pass)}),
+        type("ClosesEagerPass", (Hook,), {"__call__": _compat.skip_frame(close_pass)}),
+    )
+
+
+def hook_module(module: nn.Module, before: Hook, after: Hook) -> list[Any]:
+    """Puts a hook before a forward and one after it, which is called even if forward raises; returns the handles."""
+    return [
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        # First of all forward hooks, so that a mode is off before anyone else's code runs.
+        module.register_forward_hook(after, prepend=True, always_call=True),
+    ]
+
+
+def unhook(handles: list[Any]) -> None:
+    """Takes hooks off and empties the list."""
+    while handles:
+        handles.pop().remove()
+
+
+def raised(result: object, error_before: BaseException | None) -> bool:
+    """Whether a hook after forward was called because forward raised; a forward that returns None did not."""
+    return result is None and sys.exc_info()[1] is not error_before
 
 
 _FAST = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
 def on_torch_fast_path(module: nn.Module, args: Iterable[object]) -> bool:
-    """Whether torch's own encoder runs frozen, in evaluation: a mode would change its path, or break it (nested)."""
+    """Whether torch's encoder runs frozen in evaluation, or on nested tensors: a mode would change or break that."""
     tensors = [a for a in args if isinstance(a, Tensor)]
     if any(t.is_nested for t in tensors):
         return True
@@ -55,101 +92,130 @@ def on_torch_fast_path(module: nn.Module, args: Iterable[object]) -> bool:
     return not any(t.requires_grad for t in (*tensors, *module.parameters()))
 
 
-def refuse_replica(module: nn.Module) -> None:
-    """Raises in a copy that torch.nn.DataParallel made for one step: hooks are shared with it, nothing else is."""
-    if _compat.is_replica(module):
-        raise RuntimeError(
-            f"this {type(module).__name__} is a replica of torch.nn.DataParallel, whose copies capture cannot follow. "
-            "Use DistributedDataParallel (one process per device), or one device."
-        )
+class Recording(threading.local):
+    """A forward pass of this thread: the modules that run, and the attention operations seen in them, in order."""
+
+    mode: AttentionMode | None = None
+    error_before: BaseException | None = None
+
+    def __init__(self) -> None:
+        self.path: list[tuple[str, Callable[[], None]]] = []  # names, and what to do when the module has run
+        self.log: Log = []
+
+    def start(self, *, whole: bool) -> None:
+        """Switches a mode on; for a whole model, it tells inputs apart and notes only softmaxes over products."""
+
+        def note(operation: Operation) -> None:
+            if operation.from_product or not whole:
+                self.log.append((self.path[-1][0], operation))
+
+        self.mode = AttentionMode(note, Lineage() if whole else None)
+        self.error_before = sys.exc_info()[1]
+        push_mode(self.mode)
+
+    def enter(self, name: str, at_end: Callable[[], None], *, watched: bool) -> None:
+        """A module begins to run; where it is not watched, the mode is off until it has run."""
+        if not watched and self.mode is not None and remove_mode(self.mode):
+            at_end = functools.partial(push_mode, self.mode)
+        self.path.append((name, at_end))
+
+    def stop(self) -> Log:
+        """Switches the mode off, also late, when an interrupt skipped the end."""
+        while self.path:
+            self.path.pop()[1]()
+        mode, self.mode = self.mode, None
+        log, self.log = self.log, []
+        if mode is None:
+            return []
+        remove_mode(mode)
+        # Softmaxes that weigh no keys (gates, routers) are dropped, unless nothing else was seen.
+        log = [(name, operation) for name, operation in log if operation.from_product] or log
+        return [(name, operation.four_d(mode.folds)) for name, operation in log]
 
 
 class Watch:
-    """The hooks of one module; `done` gets its attention operations, in order, each time its forward has ended.
+    """Hooks on one module, or on all modules of a model.
 
-    Hook objects are copied and pickled along with the model. Theirs are inert: a copy of the model is not watched.
+    `on_end(name, log)` gets the attention operations of each forward pass: of the module, or of whichever module of the
+    model was called from outside. The names in the log are those of the innermost modules that ran. `candidates` are
+    given for a whole model: the names of the modules whose hidden kernels are shown.
     """
 
     def __init__(
-        self, module: nn.Module, name: str, analysis: bool, done: Callable[["Watch", list[Seen]], None]
+        self,
+        modules: dict[str, nn.Module],
+        analysis: bool,
+        on_end: Callable[[str, Log], None],
+        candidates: Iterable[str] | None = None,
     ) -> None:
-        self.module, self.name, self.analysis, self.done = module, name, analysis, done
+        self.modules, self.analysis, self.on_end = modules, analysis, on_end
         self.entered = self.skipped_without_grad = self.closed = False
-        self._local = threading.local()
-        self.compiled = CompiledMode()
+        self.recording, self.compiled = Recording(), CompiledMode()
+        self._whole, self._candidates = candidates is not None, modules if candidates is None else set(candidates)
         self._handles: list[Any] = []
         self.attach()
 
     def attach(self) -> None:
         """Puts the hooks on, if they are off."""
-        if not self._handles:
-            self._handles = [
-                self.module.register_forward_pre_hook(Hook(self.enter), with_kwargs=True),
-                # First of all forward hooks, so that the mode is off before anyone else's code runs.
-                self.module.register_forward_hook(Hook(self.leave), prepend=True, always_call=True),
-            ]
+        if self._handles:
+            return
+        for name, module in self.modules.items():
+            before, after = Hook, Hook
+            if self._whole:
+                # Under torch.compile this one pass runs eagerly: which layers to trace is not known yet.
+                before, after = (uncompiled_hook(),) * 2 if name else eager_pass_hooks()
+            enter, leave = functools.partial(self._enter, name), functools.partial(self._leave, name)
+            self._handles += hook_module(module, before(enter), after(leave))
 
     def detach(self) -> None:
         """Takes the hooks off, if they are on."""
-        while self._handles:
-            self._handles.pop().remove()
+        unhook(self._handles)
 
     def close(self) -> None:
         """Takes the hooks off for good and lets go of everything."""
         self.closed = True
         self.detach()
-        self.drop_stale()
+        self.recording.stop()
         self.compiled.take()
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-        """Before forward: switches the mode on."""
+    def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         if kwargs is None:  # the model itself is watched, and its own hook has just taken this one off
             return
         if torch.compiler.is_compiling():
             # Reading `closed` makes it a guard: after close() the model is compiled again, without us.
-            if not self.closed and (self.analysis or not gradients_off()):
-                self.compiled.slot = ()
+            if not self.closed and (self.analysis or torch.is_grad_enabled()):
+                self.compiled.slot = self.compiled.shapes = ()
                 push_mode(self.compiled)
             return
-        self.drop_stale()
-        refuse_replica(module)
-        if module is not self.module or recomputing():
-            return
-        self.entered = True
-        if gradients_off() and not self.analysis:
-            self.skipped_without_grad = True
-            return
-        if on_torch_fast_path(module, (*args, *kwargs.values())):
-            return
-        seen: list[Seen] = []
-        mode = AttentionMode(seen.append)
-        self._local.active = _Active(mode, seen, sys.exc_info()[1], show_kernel(module))
-        push_mode(mode)
+        if not (self._whole and name):
+            self.recording.stop()  # an interrupt skipped the end of the last pass
+        if _compat.is_replica(module):  # made for one step: it has the model's hooks and nothing else
+            name = type(module).__name__
+            raise RuntimeError(f"this {name} is a replica of torch.nn.DataParallel. {messages.DATA_PARALLEL}")
+        fast = on_torch_fast_path(module, (*args, *kwargs.values()))
+        if not self.recording.path:
+            # Checkpointing calls forward again in backward; the module was seen before.
+            if module is not self.modules[name] or _compat.in_backward():
+                return
+            self.entered = True
+            if not (self.analysis or torch.is_grad_enabled()):
+                self.skipped_without_grad = True
+                return
+            if fast and not self._whole:
+                return
+            self.recording.start(whole=self._whole)
+        watched = self.analysis or not fast
+        at_end = show_kernel(module) if watched and name in self._candidates else do_nothing
+        self.recording.enter(name, at_end, watched=watched)
 
-    def leave(self, module: nn.Module, args: object, result: object) -> None:
-        """After forward, also after one that raised: switches the mode off and hands over what it saw."""
+    def _leave(self, name: str, module: nn.Module, args: object, result: object) -> None:
+        recording = self.recording
         if torch.compiler.is_compiling():
-            if not self.closed and (self.analysis or not gradients_off()):
+            if not self.closed and (self.analysis or torch.is_grad_enabled()):
                 pop_mode(self.compiled)
-            return
-        active: _Active | None = getattr(self._local, "active", None)
-        if active is None or module is not self.module:
-            return
-        self.drop_stale()
-        failed = result is None and sys.exc_info()[1] is not active.error
-        if not failed:
-            self.done(self, _attention_only(active.seen, active.mode.trail))
-
-    def drop_stale(self) -> None:
-        """Takes this thread's mode off the stack: at the end, or late, when an interrupt skipped the end."""
-        active: _Active | None = getattr(self._local, "active", None)
-        if active is not None:
-            active.restore_kernel()
-            remove_mode(active.mode)
-            self._local.active = None
-
-
-def _attention_only(seen: list[Seen], trail: Trail) -> list[Seen]:
-    """Drops softmaxes that weigh no keys (gates, routers), unless nothing else was seen; finds batch and heads."""
-    products = [s for s in seen if s.from_product] or seen
-    return [s.with_fold(trail.fold_of) for s in products]
+        elif recording.path and module is self.modules[name]:
+            recording.path.pop()[1]()
+            if not recording.path:
+                log = recording.stop()
+                if not raised(result, recording.error_before):
+                    self.on_end(name, log)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from attncongruence.blocks import locate
 from attncongruence.capture import CapturedAttention
-from attncongruence.capture.find import Log, crosses, select_modules, self_attention
-from attncongruence.capture.reasons import nothing_seen
+from attncongruence.capture.find import crosses, find_attention, select_modules, self_attention
+from attncongruence.capture.messages import nothing_seen, operations
+from attncongruence.capture.product import Log
 from attncongruence.doctor.report import TokenPlaces, TroubleFound, kind_of
 from attncongruence.layout import TokenLayout
 
@@ -62,7 +63,7 @@ def candidates(model: nn.Module, log: Log, layers: Layer) -> list[Candidate]:
     """The self-attentions that `layers` allows, best first; a ValueError where there is no such layer."""
     found = self_attention(log)
     if not log:
-        raise TroubleFound(f"no attention was seen. {nothing_seen(model)}", _NEED, _DOCS)
+        raise TroubleFound(f"no attention was seen. {nothing_seen(find_attention(model))}", _NEED, _DOCS)
     if not found:
         raise TroubleFound("only attention between two sequences was seen", _NEED, _STREAMS)
     names = [name for name, _, _ in found]
@@ -74,19 +75,14 @@ def candidates(model: nn.Module, log: Log, layers: Layer) -> list[Candidate]:
         return every[::-1]
     if isinstance(layers, int):
         if not -len(every) <= layers < len(every):
-            raise ValueError(f"layers={layers}, and the forward pass ran {len(every)} self-attentions: {_sizes(log)}")
+            raise ValueError(f"layers={layers}, and the forward pass ran {len(every)} self-attentions: {operations(log)}")
         return [every[layers]]
     paths = select_modules(model, [layers])
     inside = [(name, seen) for name, seen in log if any(within(name, path) for path in paths)]
     selected = [one for one in every if any(one.record.layer == name for name, _ in inside)]
     if len(inside) != 1 or not selected:
-        raise TroubleFound(f"layers={layers!r} means: {_sizes(inside)}", _NEED, f"name one of them, or {_STREAMS}")
+        raise TroubleFound(f"layers={layers!r} means: {operations(inside)}", _NEED, f"name one of them, or {_STREAMS}")
     return selected
-
-
-def _sizes(log: Log) -> str:
-    sizes = [f"{name or 'the model itself'} ({s.lengths[0]} x {s.lengths[1]})" for name, s in log[-6:]]
-    return ", ".join(sizes) or "no attention"
 
 
 def choose(

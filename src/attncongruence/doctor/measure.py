@@ -18,7 +18,8 @@ from torch.utils.checkpoint import CheckpointFunction
 from attncongruence import _compat
 from attncongruence._typing import Direction
 from attncongruence.capture import CapturedAttention, capture_attention
-from attncongruence.capture.find import Finder, Log, named_modules
+from attncongruence.capture.find import named_modules, watch_model
+from attncongruence.capture.product import Log
 from attncongruence.conventions import PRINTED, RELEASED, WEIGHTED_MEAN
 from attncongruence.doctor.choose import Candidate, NText, within
 from attncongruence.doctor.report import Captured, Gradient, LossRow, Overhead, TroubleFound, listing
@@ -46,7 +47,7 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
 def attention_of(model: nn.Module, inputs: Inputs) -> Log:
     """Every attention operation of one forward pass, in order."""
     log: Log = []
-    with closing(Finder(model, True, lambda part, whole: log.extend(part))):
+    with closing(watch_model(model, True, lambda name, part: log.extend(part))):
         call(model, inputs)
     return log
 

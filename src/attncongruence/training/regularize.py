@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from attncongruence import _compat
 from attncongruence._typing import number
 from attncongruence.blocks import NText
 from attncongruence.capture import CapturedAttention
-from attncongruence.capture.hooks import uncompiled_hook
 from attncongruence.capture.session import AttentionCapture, Layers, unwrapped
-from attncongruence.capture.watch import recomputing
+from attncongruence.capture.watch import uncompiled_hook
 from attncongruence.training.outputs import Batch, batch_of, describe, loss_in, share_of, with_loss
 from attncongruence.training.shim import ForwardShim, TrainingStepShim, optimizer_steps
 from attncongruence.training.term import CongruenceTerm, LossFunction, Positives
@@ -228,7 +228,7 @@ class Regularizer:
     ) -> Any | None:  # a forward hook: None leaves the output as it is
         if model is not self.model:  # a shallow copy of the model
             return None
-        if recomputing() and torch.is_grad_enabled() and model.training:
+        if _compat.in_backward() and torch.is_grad_enabled() and model.training:
             raise RuntimeError(
                 "the whole regularized model runs inside torch.utils.checkpoint, which runs it again in backward "
                 "without the added loss. Checkpoint its layers (gradient_checkpointing_enable() in transformers)."

@@ -1,8 +1,7 @@
-"""Kernels that no torch function shows (flash, flex): seen where transformers calls them, in its AttentionInterface.
+"""Makes attention kernels of transformers visible that no torch function shows (flash, flex).
 
-While a watched module runs, its configuration is a private copy that names our function. That one notes queries, keys
-and mask, puts the module's own configuration back and calls the kernel it stands for. Between two forward passes, in
-other modules and after `close()` nothing is different.
+While a watched module runs, its configuration is a private copy that names our function. The function reports queries,
+keys and mask to the modes that are on, puts the module's own configuration back and calls the kernel.
 """
 
 import functools
@@ -13,27 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from attncongruence import _compat
-from attncongruence.capture.hooks import nothing
-from attncongruence.capture.mode import AttentionMode, push_mode, remove_mode
-from attncongruence.capture.seen import Seen
+from attncongruence.capture.product import Operation
+from attncongruence.capture.trace import AttentionMode, push_mode, remove_mode
 
 _VISIBLE = ("eager", "sdpa")
-_SUFFIX = "_seen_by_attncongruence"
+
+
+def do_nothing(*args: object) -> None:
+    """A callback that does nothing."""
 
 
 def show_kernel(module: nn.Module) -> Callable[[], None]:
-    """Makes a hidden kernel of this module visible until the returned function is called.
-
-    Args:
-        module: an attention module; any other is left alone.
-
-    Returns:
-        A function that puts everything back; calling it again does nothing.
-    """
+    """Makes a hidden kernel of an attention module visible until the returned function is called, once or again."""
     config = module.__dict__.get("config")
-    kernel, tables = _compat.kernel_of(config), _compat.kernels()
-    if kernel is None or tables is None or kernel in _VISIBLE or kernel not in tables.attention:
-        return nothing
+    kernel = _compat.kernel_of(config)
+    tables = None if kernel is None or kernel in _VISIBLE else _compat.kernels()
+    if kernel is None or tables is None or kernel not in tables.attention:
+        return do_nothing
     private = module.__dict__["config"] = _compat.with_kernel(config, _registered(kernel))
 
     def restore() -> None:
@@ -46,7 +41,7 @@ def show_kernel(module: nn.Module) -> Callable[[], None]:
 
 @functools.cache
 def _registered(kernel: str) -> str:
-    """Registers, once, the function that stands for a kernel, and the kernel's own masks under the same name."""
+    """Registers a function that reports the operation and calls the kernel; returns its name."""
     tables = _compat.kernels()
     assert tables is not None, "show_kernel has seen them"
 
@@ -55,54 +50,51 @@ def _registered(kernel: str) -> str:
     ) -> Any:
         module.__dict__["config"].__dict__["_attncongruence_restore"]()
         call = functools.partial(tables.attention[kernel], module, query, key, value, mask, *args, **kwargs)
-        # Off for the mask of flex attention, and while it runs: compiled, it would be compiled anew for each new mode.
+        # Modes are off for the mask of flex attention and while it runs: it would be compiled anew for each new mode.
         modes = [mode for mode in _compat.function_modes() if isinstance(mode, AttentionMode)]
         for mode in modes:
             remove_mode(mode)
-        seen = _seen(module, query, key, mask, kwargs)
-        if seen is not None:
+        operation = _operation(module, query, key, mask, kwargs)
+        if operation is not None:
             for mode in modes:
-                mode.sink(seen)
+                mode.on_operation(operation)
             result = call()
         for mode in modes:
             push_mode(mode)
-        return call() if seen is None else result
+        return call() if operation is None else result
 
-    name = f"{kernel}{_SUFFIX}"
+    name = f"{kernel}_seen_by_attncongruence"
     tables.attention.register(name, forward)
     if kernel in tables.masks:
         tables.masks.register(name, tables.masks[kernel])
     return name
 
 
-def _seen(module: nn.Module, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> Seen | None:
-    """The operation in capture's words, or None where it is more than scale, product and masks."""
+def _operation(module: nn.Module, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> Operation | None:
+    """The operation of one call of a kernel; None where it is more than scale, product and masks."""
     if options.get("s_aux") is not None or options.get("softcap") is not None or "cu_seq_lens_q" in options:
         return None
     length, keys = query.shape[-2], key.shape[-2]
     masks: list[tuple[Tensor, float]] = []
     causal = False
     if hasattr(mask, "mask_mod"):  # flex: a function of positions
-        masks.append((_dense(mask.mask_mod, query, keys), 1.0))
+        from torch.nn.attention.flex_attention import create_mask
+
+        pairs = create_mask(mask.mask_mod, query.shape[0], None, length, keys, device=str(query.device))
+        masks.append((pairs, 1.0))
     elif isinstance(mask, Tensor) and mask.ndim == 4:
         masks.append((mask[..., :keys], 1.0))
-    else:  # flash: real keys alone, the rest in options
+    else:  # flash: a token mask, and the rest in options
         if isinstance(mask, Tensor):
             masks.append((mask[:, None, None, :keys].bool(), 1.0))
         asked = options.get("is_causal")
         causal = length > 1 and bool(getattr(module, "is_causal", False) if asked is None else asked)
         if (window := options.get("sliding_window")) is not None:
-            place = torch.arange(keys, device=query.device)
-            near = (place[:, None] - place[None, :]).abs() < window
+            position = torch.arange(keys, device=query.device)
+            near = (position[:, None] - position[None, :]).abs() < window
             masks.append((near[-length:], 1.0))
     if isinstance(bias := options.get("position_bias"), Tensor):
         masks.append((bias, 1.0))
     scale = options.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    return Seen(query=query, key=key, scale=scale, masks=tuple(masks), causal=causal)
-
-
-def _dense(mask_mod: Callable[..., Tensor], query: Tensor, keys: int) -> Tensor:
-    from torch.nn.attention.flex_attention import create_mask
-
-    return create_mask(mask_mod, query.shape[0], None, query.shape[-2], keys, device=str(query.device))
+    return Operation(query, key, scale, tuple(masks), causal)

@@ -1,0 +1,235 @@
+"""Follows a forward pass: modes that see each torch function, and what they record about its tensors."""
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from attncongruence import _compat
+from attncongruence.capture import product
+from attncongruence.capture.product import Operation, tensors_in
+
+
+class Lineage:
+    """Records which input each tensor descends from, to tell self-attention from cross-attention of equal length.
+
+    Two embeddings are two origins. A tensor has the origin of the first argument that has one; if none has, it is an
+    origin itself. Integer tensors (ids, positions) and tensors without arguments (zeros) have no origin.
+    """
+
+    def __init__(self) -> None:
+        self._origins: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._count = 0
+
+    def follow(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object) -> None:
+        """Records one torch function after it ran."""
+        made = [t for t in tensors_in((result,)) if t.is_floating_point()]
+        given = tensors_in((*args, *kwargs.values()))
+        if not made or not given:
+            return
+        origin = next((o for o in map(self.origin, given) if o is not None), None)
+        if origin is None:
+            origin = self._count = self._count + 1
+            # An input of the model has the same origin as what is made of it; weights have no origin.
+            made += [t for t in given if t.is_floating_point() and not isinstance(t, nn.Parameter)][:1]
+        for tensor in made:
+            if self.origin(tensor) is None:
+                self._origins[id(tensor)] = (weakref.ref(tensor), origin)
+
+    def origin(self, tensor: object) -> int | None:
+        """Number of a tensor's origin, if it has one."""
+        ref, origin = self._origins.get(id(tensor), (None, 0))
+        return origin if ref is not None and ref() is tensor else None
+
+    def differ(self, *tensors: object) -> bool:
+        """Whether two tensors are known to have different origins."""
+        return len(set(map(self.origin, tensors)) - {None}) == 2
+
+
+class AttentionMode(TorchFunctionMode):
+    """Runs every function unchanged, and calls `on_operation(operation)` for each attention operation.
+
+    It records how each score-like tensor was made, so that a softmax leads back to q and k.
+    """
+
+    def __init__(self, on_operation: Callable[[Operation], None], lineage: Lineage | None = None) -> None:
+        super().__init__()
+        self.on_operation, self.lineage = on_operation, lineage
+        # By id: the tensor, its version, and the operation behind it. Weak, so that the model's intermediate scores
+        # are freed as early as they are without us.
+        self._made: dict[int, tuple[weakref.ref[Tensor], float, Operation]] = {}
+        self.folds: dict[int, tuple[int, int]] = {}  # (batch, heads) by their product, as reshapes show them
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # a compiled function inside an eager module: nothing here can be traced
+            return func(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            with self:
+                return _compat.mha_body(*args, **kwargs)
+        result = func(*args, **kwargs)
+        # torch.Tensor.__matmul__, torch.matmul and Tensor.matmul are all "matmul".
+        name = str(getattr(func, "__name__", "")).strip("_")
+        if func is F.scaled_dot_product_attention:
+            operation = product.read_sdpa(*args, **kwargs)
+            self.on_operation(self._mark_cross(operation, operation.query, operation.key))
+        elif name == "softmax" and (logits := product.softmax_logits(*args, **kwargs)) is not None:
+            operation = self._known(logits) or Operation(from_product=False)
+            self.on_operation(dataclasses.replace(operation, logits=logits))
+        self.follow(name, args, kwargs, result)
+        return result
+
+    def follow(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object) -> None:
+        """Records one torch function after it ran; `name` is its name without underscores."""
+        if self.lineage is not None:
+            self.lineage.follow(args, kwargs, result)
+        if not isinstance(result, Tensor) or result.ndim < 3:
+            return
+        if name in product.RESHAPES and args and isinstance(args[0], Tensor):
+            _note_fold(self.folds, args[0].shape, result.shape)
+        operation = None
+        if name in product.PRODUCTS:
+            operation = self._product(name, args, kwargs)
+        elif self._made:
+            operation = self._derived(name, args, kwargs, result)
+        if operation is not None:
+            self._made[id(result)] = (weakref.ref(result), _compat.version(result), operation)
+
+    def _mark_cross(self, operation: Operation, *factors: object) -> Operation:
+        if self.lineage is None or not self.lineage.differ(*factors):
+            return operation
+        return dataclasses.replace(operation, cross=True)
+
+    def _remembers(self, tensor: Tensor) -> bool:
+        # A freed tensor leaves its id to another, so the tensor itself is compared.
+        ref, *_ = self._made.get(id(tensor), (None,))
+        return ref is not None and ref() is tensor
+
+    def _known(self, tensor: Tensor, *, in_place: bool = False) -> Operation | None:
+        """The operation behind a tensor; opaque if the tensor may have been written to since (`scores[..., 0] = 0`)."""
+        if not self._remembers(tensor):
+            return None
+        _, version, operation = self._made[id(tensor)]
+        # Inference tensors do not count writes.
+        unchanged = not tensor.is_inference() and version == _compat.version(tensor) - in_place
+        return operation if unchanged else operation.opaque()
+
+    def _product(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Operation | None:
+        # baddbmm(alibi, batch1=query, batch2=key), matmul(query, other=key)
+        args = (*args, *(kwargs[key] for key in product.FACTORS if key in kwargs))
+        factors = tensors_in(args)[-2:]
+        if any((known := self._known(t)) is not None and not known.from_product for t in factors):
+            return None  # probabilities times values
+        operation = product.read_product(name, args, kwargs)
+        return None if operation is None else self._mark_cross(operation, *factors)
+
+    def _derived(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> Operation | None:
+        tensor = next((t for t in tensors_in((*args, *kwargs.values())) if self._remembers(t)), None)
+        if tensor is None:
+            return None
+        _, version, _ = self._made[id(tensor)]
+        # In place, the remembered tensor is the result itself, one version on. With the same version, the function had
+        # nothing to do, like contiguous() of a contiguous tensor.
+        untouched = tensor is result and version == _compat.version(tensor)
+        operation = self._known(tensor, in_place=tensor is result and not untouched)
+        if untouched:
+            return operation
+        still_scores = (
+            tensor.numel() == result.numel()
+            or tensor.shape[:-1] == result.shape[:-1]
+            or tensor.shape[-2:] == result.shape[-2:]
+        )
+        if operation is None or not still_scores:
+            return None
+        opaque = operation.opaque(from_product=name != "softmax")
+        # Transposed scores are for the other direction, longer ones have a sink, wider ones a bias for each head: all
+        # are scores, none is scale q k^T.
+        same_shape = tensor.shape == result.shape or (
+            name in product.RESHAPES and tensor.shape[-2:] == result.shape[-2:]
+        )
+        if operation.query is None or not same_shape or name == "softmax":
+            return opaque
+        return product.read_step(name, operation, tensor, args, kwargs) or opaque
+
+
+def _note_fold(folds: dict[int, tuple[int, int]], before: torch.Size, after: torch.Size) -> None:
+    wide, flat = (before, after) if len(before) == 4 else (after, before)
+    if len(wide) == 4 and flat == (wide[0] * wide[1], *wide[2:]):
+        folds.setdefault(flat[0], (wide[0], wide[1]))
+
+
+_FOLDS = (Tensor.reshape, Tensor.view, Tensor.flatten, torch.reshape, torch.flatten, torch.unflatten)
+
+
+class CompiledMode(TorchFunctionMode):
+    """The mode that `torch.compile` traces. It lives as long as the watch, and keeps what it sees in one slot.
+
+    A new mode or a growing list would be recompiled at each step. Queries and keys are known only for
+    `scaled_dot_product_attention` here, because a trail of weak references cannot be traced.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slot: tuple[tuple[Any, ...], ...] = ()
+        self.shapes: tuple[tuple[torch.Size, torch.Size], ...] = ()  # before and after each reshape
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self:
+                return _compat.mha_body(*args, **kwargs)
+        if func in (F.scaled_dot_product_attention, F.softmax, torch.softmax, Tensor.softmax):
+            self.slot = (*self.slot, (func is F.scaled_dot_product_attention, args, kwargs))
+        if func is Tensor.unflatten:  # its super() is more than torch.compile could trace under a mode in torch 2.11
+            func = torch.unflatten
+        result = func(*args, **kwargs)
+        if func in _FOLDS and args:
+            self.shapes = (*self.shapes, (args[0].shape, result.shape))
+        return result
+
+    def take(self) -> list[Operation]:
+        """Empties the slot; called outside of compiled code."""
+        taken, self.slot = self.slot, ()
+        shapes, self.shapes = self.shapes, ()
+        folds: dict[int, tuple[int, int]] = {}
+        for before, after in shapes:
+            _note_fold(folds, before, after)
+        found = []
+        for is_sdpa, args, kwargs in taken:
+            if is_sdpa:
+                found.append(product.read_sdpa(*args, **kwargs))
+            elif (logits := product.softmax_logits(*args, **kwargs)) is not None:
+                found.append(Operation(logits=logits))
+        return [operation.four_d(folds) for operation in found]
+
+
+def push_mode(mode: TorchFunctionMode) -> None:
+    """Switches a mode on, not by its own `__enter__`: the mode may be the user's, and do more there."""
+    TorchFunctionMode.__enter__(mode)
+
+
+def pop_mode(mode: TorchFunctionMode) -> None:
+    """Switches the innermost mode off."""
+    TorchFunctionMode.__exit__(mode, None, None, None)
+
+
+def remove_mode(mode: TorchFunctionMode) -> bool:
+    """Takes one mode off the stack, wherever it is, and leaves the others in order; False if it was not there."""
+    stack = _compat.function_modes()
+    place = next((i for i, other in enumerate(stack) if other is mode), None)
+    if place is None:
+        return False
+    for other in reversed(stack[place:]):
+        pop_mode(other)
+    for other in stack[place + 1 :]:
+        push_mode(other)
+    return True
