@@ -72,7 +72,8 @@ class CapturedAttention(ScoreSource):
         if operation.logits is not None:
             scores = at_least_float32(operation.logits)
         else:
-            query, key = at_least_float32(operation.main), at_least_float32(self._repeated_key())
+            assert operation.query is not None
+            query, key = at_least_float32(operation.query), at_least_float32(self._repeated_key())
             with no_autocast(self.device):
                 # scale (q k^T), with the scale on q: fewer numbers than the product has
                 scores = (operation.scale * query) @ key.mT

@@ -198,7 +198,7 @@ def plot_region_labels(
         _outline(axes, places[k], label, rank, colors[best[k]], linewidth=2.0)
     what = "Word that looks at each region most" if block == "LV" else "Word that each region looks at most"
     axes.set_title(f"{what}\n{sample_and_head(sample, head, heads)}", fontsize="medium")
-    _stack(axes)
+    _separate_labels(axes)
     return figure.canvas.figure
 
 
@@ -249,7 +249,7 @@ def _outline(axes: Axes, box: Array, tag: str, rank: int, color: Any, **style: A
     text.set(color="black" if light else "white", parse_math=False)
 
 
-def _stack(axes: Axes) -> None:
+def _separate_labels(axes: Axes) -> None:
     """Move each label down until it overlaps no earlier one."""
     root = axes.figure.canvas.figure
     root.draw_without_rendering()  # extents are known after the layout
