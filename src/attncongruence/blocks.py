@@ -292,7 +292,8 @@ def _with_pairs(where: Located, pairs: Tensor, pairs_known: bool) -> Located:
         if differ == [False]:
             return where
         sees = (LV, VL) if some else (True, True)
-    return replace(where, allowed=allowed, sees=sees)
+    # Not dataclasses.replace, which torch.compile of torch 2.6 cannot trace.
+    return Located(where.text, where.image, where.longest, where.spans, where.padded, allowed, sees)
 
 
 def _scores_and_pairs(x: Any) -> tuple[Any, Tensor | None]:

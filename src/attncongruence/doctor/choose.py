@@ -75,7 +75,9 @@ def candidates(model: nn.Module, log: Log, layers: Layer) -> list[Candidate]:
         return every[::-1]
     if isinstance(layers, int):
         if not -len(every) <= layers < len(every):
-            raise ValueError(f"layers={layers}, and the forward pass ran {len(every)} self-attentions: {operations(log)}")
+            raise ValueError(
+                f"layers={layers}, and the forward pass ran {len(every)} self-attentions: {operations(log)}"
+            )
         return [every[layers]]
     paths = select_modules(model, [layers])
     inside = [(name, seen) for name, seen in log if any(within(name, path) for path in paths)]
