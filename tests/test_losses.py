@@ -499,7 +499,7 @@ def test_rejects_of_iais():
         with pytest.raises(ValueError, match=soft):
             loss(S, 3, alignment="soft")
         for convention in (PRINTED, WEIGHTED_MEAN):
-            with pytest.raises(ValueError, match="alignment='distributed' is not defined on raw scores"):
+            with pytest.raises(ValueError, match="the loss 'distributed' is not defined on raw scores"):
                 loss(S, 3, alignment="distributed", convention=convention)
 
 
