@@ -10,10 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from attncongruence import _compat
-from attncongruence.capture import messages
 from attncongruence.capture.kernels import do_nothing, show_kernel
 from attncongruence.capture.product import Log, Operation
 from attncongruence.capture.trace import AttentionMode, CompiledMode, Lineage, pop_mode, push_mode, remove_mode
+
+
+DATA_PARALLEL = (
+    "torch.nn.DataParallel copies the model for each device in each step, and capture cannot follow the copies. Use "
+    "DistributedDataParallel (one process per device), or one device."
+)
 
 
 class Hook:
@@ -25,19 +30,14 @@ class Hook:
     def __call__(self, *args: Any) -> Any:  # noqa: D102
         return self.call(*args)
 
-    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
-        return _inert_hook, ()
-
-
-def _inert_hook() -> Callable[..., None]:
-    return do_nothing
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial, (do_nothing,)
 
 
 @functools.cache
 def uncompiled_hook() -> type[Hook]:
     """A type of hook that `torch.compile` does not trace. Made on first use, because it imports dynamo."""
-    call = torch.compiler.disable(Hook.__call__)
-    return type("UncompiledHook", (Hook,), {"__call__": call})
+    return type("UncompiledHook", (Hook,), {"__call__": torch.compiler.disable(Hook.__call__)})
 
 
 @functools.cache
@@ -79,15 +79,14 @@ def raised(result: object, error_before: BaseException | None) -> bool:
     return result is None and sys.exc_info()[1] is not error_before
 
 
-_FAST = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
-
-
 def on_torch_fast_path(module: nn.Module, args: Iterable[object]) -> bool:
     """Whether torch's encoder runs frozen in evaluation, or on nested tensors: a mode would change or break that."""
     tensors = [a for a in args if isinstance(a, Tensor)]
     if any(t.is_nested for t in tensors):
         return True
-    if module.training or not isinstance(module, _FAST):
+    if module.training or not isinstance(
+        module, nn.TransformerEncoder | nn.TransformerEncoderLayer | nn.MultiheadAttention
+    ):
         return False
     return not any(t.requires_grad for t in (*tensors, *module.parameters()))
 
@@ -112,12 +111,6 @@ class Recording(threading.local):
         self.mode = AttentionMode(note, Lineage() if whole else None)
         self.error_before = sys.exc_info()[1]
         push_mode(self.mode)
-
-    def enter(self, name: str, at_end: Callable[[], None], *, watched: bool) -> None:
-        """A module begins to run; where it is not watched, the mode is off until it has run."""
-        if not watched and self.mode is not None and remove_mode(self.mode):
-            at_end = functools.partial(push_mode, self.mode)
-        self.path.append((name, at_end))
 
     def stop(self) -> Log:
         """Switches the mode off, also late, when an interrupt skipped the end."""
@@ -149,15 +142,16 @@ class Watch:
         candidates: Iterable[str] | None = None,
     ) -> None:
         self.modules, self.analysis, self.on_end = modules, analysis, on_end
-        self.entered = self.skipped_without_grad = self.closed = False
+        self.ran: set[bool] = set()  # since the last pop: whether passes through it were to be recorded
+        self.closed = False
         self.recording, self.compiled = Recording(), CompiledMode()
         self._whole, self._candidates = candidates is not None, modules if candidates is None else set(candidates)
-        self._handles: list[Any] = []
+        self.handles: list[Any] = []
         self.attach()
 
     def attach(self) -> None:
         """Puts the hooks on, if they are off."""
-        if self._handles:
+        if self.handles:
             return
         for name, module in self.modules.items():
             before, after = Hook, Hook
@@ -165,53 +159,58 @@ class Watch:
                 # Under torch.compile this one pass runs eagerly: which layers to trace is not known yet.
                 before, after = (uncompiled_hook(),) * 2 if name else eager_pass_hooks()
             enter, leave = functools.partial(self._enter, name), functools.partial(self._leave, name)
-            self._handles += hook_module(module, before(enter), after(leave))
+            self.handles += hook_module(module, before(enter), after(leave))
 
-    def detach(self) -> None:
-        """Takes the hooks off, if they are on."""
-        unhook(self._handles)
+    def stop(self) -> None:
+        """Switches off what an interrupt left on, and lets go of what was not taken."""
+        self.recording.stop()
+        self.compiled.take()
 
     def close(self) -> None:
         """Takes the hooks off for good and lets go of everything."""
         self.closed = True
-        self.detach()
-        self.recording.stop()
-        self.compiled.take()
+        unhook(self.handles)
+        self.stop()
+
+    def _records(self) -> bool:
+        # torch.compile guards on `closed`: after close() the model is compiled again, without us.
+        return not self.closed and (self.analysis or torch.is_grad_enabled())
 
     def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         if kwargs is None:  # the model itself is watched, and its own hook has just taken this one off
             return
+        recording = self.recording
         if torch.compiler.is_compiling():
-            # Reading `closed` makes it a guard: after close() the model is compiled again, without us.
-            if not self.closed and (self.analysis or torch.is_grad_enabled()):
+            if self._records():
                 self.compiled.slot = self.compiled.shapes = ()
                 push_mode(self.compiled)
             return
         if not (self._whole and name):
-            self.recording.stop()  # an interrupt skipped the end of the last pass
+            recording.stop()  # an interrupt skipped the end of the last pass
         if _compat.is_replica(module):  # made for one step: it has the model's hooks and nothing else
             name = type(module).__name__
-            raise RuntimeError(f"this {name} is a replica of torch.nn.DataParallel. {messages.DATA_PARALLEL}")
+            raise RuntimeError(f"this {name} is a replica of torch.nn.DataParallel. {DATA_PARALLEL}")
         fast = on_torch_fast_path(module, (*args, *kwargs.values()))
-        if not self.recording.path:
+        if not recording.path:
             # Checkpointing calls forward again in backward; the module was seen before.
             if module is not self.modules[name] or _compat.in_backward():
                 return
-            self.entered = True
-            if not (self.analysis or torch.is_grad_enabled()):
-                self.skipped_without_grad = True
+            self.ran.add(self._records())
+            if not self._records() or (fast and not self._whole):
                 return
-            if fast and not self._whole:
-                return
-            self.recording.start(whole=self._whole)
-        watched = self.analysis or not fast
-        at_end = show_kernel(module) if watched and name in self._candidates else do_nothing
-        self.recording.enter(name, at_end, watched=watched)
+            recording.start(whole=self._whole)
+        at_end = do_nothing
+        if fast and not self.analysis:
+            if recording.mode is not None and remove_mode(recording.mode):
+                at_end = functools.partial(push_mode, recording.mode)
+        elif name in self._candidates:
+            at_end = show_kernel(module)
+        recording.path.append((name, at_end))
 
     def _leave(self, name: str, module: nn.Module, args: object, result: object) -> None:
         recording = self.recording
         if torch.compiler.is_compiling():
-            if not self.closed and (self.analysis or torch.is_grad_enabled()):
+            if self._records():
                 pop_mode(self.compiled)
         elif recording.path and module is self.modules[name]:
             recording.path.pop()[1]()
