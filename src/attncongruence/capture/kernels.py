@@ -54,7 +54,7 @@ def _registered(kernel: str) -> str:
         operation = _operation(module, query, key, mask, kwargs)
         if operation is not None:
             for mode in modes:
-                mode.on_operation(operation)
+                mode.log(operation)
             result = call()
         for mode in modes:
             push_mode(mode)

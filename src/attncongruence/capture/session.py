@@ -9,15 +9,7 @@ import torch
 from torch import nn
 
 from attncongruence import _compat
-from attncongruence.capture.find import (
-    candidates,
-    crosses,
-    nothing_seen,
-    operations,
-    select_modules,
-    self_attention,
-    watch_model,
-)
+from attncongruence.capture import find
 from attncongruence.capture.product import Log
 from attncongruence.capture.record import CapturedAttention
 from attncongruence.capture.watch import DATA_PARALLEL, Watch, hook_module, raised, uncompiled_hook, unhook
@@ -99,7 +91,7 @@ class AttentionCapture:
             self.close()
             raise
         if self._indices:
-            self._finder = watch_model(self.model, analysis, self._on_pass_end)
+            self._finder = find.watch_model(self.model, analysis, self._on_pass_end)
 
     def pop(self) -> CapturedAttention:
         """The one record since the last pop.
@@ -161,7 +153,7 @@ class AttentionCapture:
         self.close()
 
     def _watch(self, layers: Iterable[str | nn.Module]) -> None:
-        for name, module in select_modules(self.model, layers).items():
+        for name, module in find.select_modules(self.model, layers).items():
             self._watches.append(Watch({name: module}, self.analysis, self._on_layer_end))
 
     def _begin(self, module: nn.Module, args: object, kwargs: object) -> None:
@@ -173,7 +165,8 @@ class AttentionCapture:
         self._thread.begin()
         self._ran.add(torch.is_grad_enabled())
         for watch in self._watches:
-            watch.stop()  # it may hold what a recomputation in backward left
+            watch.stop()
+            watch.compiled.take()  # left by a recomputation in backward
             # nn.TransformerEncoderLayer leaves its fast path when a hook is on: validation runs without them.
             if not (torch.is_grad_enabled() or self.analysis):
                 unhook(watch.handles)
@@ -223,17 +216,17 @@ class AttentionCapture:
 
     def _choose(self) -> None:
         log, self._log = self._log, []
-        found = self_attention(log)
+        found = find.self_attention(log)
         try:
             chosen = [found[index] for index in self._indices]
         except IndexError:
             self._trouble = (
                 f"layers={self._indices} counts self-attentions, and the forward pass ran {len(found)}. Attention "
-                f"seen, queries x keys: {operations(log)}. "
+                f"seen, queries x keys: {find.operations(log)}. "
             )
             return
         for name, _, operation in chosen:
-            crossed = dict.fromkeys(n for n, o in log if crosses(o) and o.lengths[0] == operation.lengths[0])
+            crossed = dict.fromkeys(n for n, o in log if find.crosses(o) and o.lengths[0] == operation.lengths[0])
             if crossed:
                 warnings.warn(
                     f"{name or 'the model itself'} was chosen by its number, and cross-attention ran on a sequence of "
@@ -267,7 +260,7 @@ class AttentionCapture:
             return (
                 f"{type(self.model).__name__} has not run since capture began, or it ran in a way that calls no hooks "
                 "(model.forward(...) called directly, TorchScript). Call model(...), or name a layer inside the part "
-                f"that runs: {candidates(self.model)}."
+                f"that runs: {find.candidates(self.model)}."
             )
         if self._ran == {False} or any(False in ran for ran in layers_ran):
             return (
@@ -281,7 +274,7 @@ class AttentionCapture:
                 "compiled and had run before capture began, and compiled code never calls hooks added later: call "
                 "capture_attention before the first compiled run, or torch.compiler.reset() after it."
             )
-        return self._trouble + nothing_seen(self.model)
+        return self._trouble + find.nothing_seen(self.model)
 
 
 class _ThisThread(threading.local):

@@ -1,6 +1,7 @@
 """Follows a forward pass: modes that see each torch function, and what they record about its tensors."""
 
 import dataclasses
+import sys
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from attncongruence import _compat
 from attncongruence.capture import product
-from attncongruence.capture.product import Operation, tensors_in
+from attncongruence.capture.product import Log, Operation, tensors_in
 
 
 class Lineage:
@@ -52,18 +53,36 @@ class Lineage:
 
 
 class AttentionMode(TorchFunctionMode):
-    """Runs every function unchanged, and calls `on_operation(operation)` for each attention operation.
+    """One pass through a watched module: runs every function unchanged, and logs the attention operations.
 
-    It records how each score-like tensor was made, so that a softmax leads back to q and k.
+    It records how each score-like tensor was made, so that a softmax leads back to q and k. In a pass through a whole
+    model, it also tells inputs apart, and logs only softmaxes over products.
     """
 
-    def __init__(self, on_operation: Callable[[Operation], None], lineage: Lineage | None = None) -> None:
+    def __init__(self, *, whole: bool = False) -> None:
         super().__init__()
-        self.on_operation, self.lineage = on_operation, lineage
+        self.path: list[tuple[str, Callable[[], None]]] = []  # modules that run now; what to do when they have run
+        self.error_before = sys.exc_info()[1]
+        self._log: Log = []
+        self._lineage = Lineage() if whole else None
         # By id: the tensor, its version, and the operation behind it. Weak, so that the model's intermediate scores
         # are freed as early as they are without us.
         self._made: dict[int, tuple[weakref.ref[Tensor], float, Operation]] = {}
-        self.folds: dict[int, tuple[int, int]] = {}  # (batch, heads) by their product, as reshapes show them
+        self._folds: dict[int, tuple[int, int]] = {}  # (batch, heads) by their product, as reshapes show them
+
+    def log(self, operation: Operation) -> None:
+        """Adds an operation of the innermost module that runs."""
+        if operation.from_product or self._lineage is None:
+            self._log.append((self.path[-1][0], operation))
+
+    def finish(self) -> Log:
+        """Switches the mode off, also late, when an interrupt skipped the end, and returns the log."""
+        while self.path:
+            self.path.pop()[1]()
+        remove_mode(self)
+        # Softmaxes that weigh no keys (gates, routers) are dropped, unless nothing else was seen.
+        log = [(name, operation) for name, operation in self._log if operation.from_product] or self._log
+        return [(name, operation.four_d(self._folds)) for name, operation in log]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -79,21 +98,21 @@ class AttentionMode(TorchFunctionMode):
         name = str(getattr(func, "__name__", "")).strip("_")
         if func is F.scaled_dot_product_attention:
             operation = product.read_sdpa(*args, **kwargs)
-            self.on_operation(self._mark_cross(operation, operation.query, operation.key))
+            self.log(self._mark_cross(operation, operation.query, operation.key))
         elif name == "softmax" and (logits := product.softmax_logits(*args, **kwargs)) is not None:
             operation = self._known(logits) or Operation(from_product=False)
-            self.on_operation(dataclasses.replace(operation, logits=logits))
+            self.log(dataclasses.replace(operation, logits=logits))
         self.follow(name, args, kwargs, result)
         return result
 
     def follow(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object) -> None:
         """Records one torch function after it ran; `name` is its name without underscores."""
-        if self.lineage is not None:
-            self.lineage.follow(args, kwargs, result)
+        if self._lineage is not None:
+            self._lineage.follow(args, kwargs, result)
         if not isinstance(result, Tensor) or result.ndim < 3:
             return
         if name in product.RESHAPES and args and isinstance(args[0], Tensor):
-            _note_fold(self.folds, args[0].shape, result.shape)
+            _note_fold(self._folds, args[0].shape, result.shape)
         operation = None
         if name in product.PRODUCTS:
             operation = self._product(name, args, kwargs)
@@ -103,20 +122,16 @@ class AttentionMode(TorchFunctionMode):
             self._made[id(result)] = (weakref.ref(result), _compat.version(result), operation)
 
     def _mark_cross(self, operation: Operation, *factors: object) -> Operation:
-        if self.lineage is None or not self.lineage.differ(*factors):
+        if self._lineage is None or not self._lineage.differ(*factors):
             return operation
         return dataclasses.replace(operation, cross=True)
 
-    def _remembers(self, tensor: Tensor) -> bool:
-        # A freed tensor leaves its id to another, so the tensor itself is compared.
-        ref, *_ = self._made.get(id(tensor), (None,))
-        return ref is not None and ref() is tensor
-
     def _known(self, tensor: Tensor, *, in_place: bool = False) -> Operation | None:
         """The operation behind a tensor; opaque if the tensor may have been written to since (`scores[..., 0] = 0`)."""
-        if not self._remembers(tensor):
+        made = self._made.get(id(tensor))
+        if made is None or made[0]() is not tensor:  # a freed tensor leaves its id to another
             return None
-        _, version, operation = self._made[id(tensor)]
+        _, version, operation = made
         # Inference tensors do not count writes.
         unchanged = not tensor.is_inference() and version == _compat.version(tensor) - in_place
         return operation if unchanged else operation.opaque()
@@ -131,16 +146,13 @@ class AttentionMode(TorchFunctionMode):
         return None if operation is None else self._mark_cross(operation, *factors)
 
     def _derived(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> Operation | None:
-        tensor = next((t for t in tensors_in((*args, *kwargs.values())) if self._remembers(t)), None)
+        tensor = next((t for t in tensors_in((*args, *kwargs.values())) if self._known(t) is not None), None)
         if tensor is None:
             return None
-        _, version, _ = self._made[id(tensor)]
-        # In place, the remembered tensor is the result itself, one version on. With the same version, the function had
-        # nothing to do, like contiguous() of a contiguous tensor.
-        untouched = tensor is result and version == _compat.version(tensor)
-        operation = self._known(tensor, in_place=tensor is result and not untouched)
-        if untouched:
-            return operation
+        in_place = tensor is result
+        if in_place and self._made[id(tensor)][1] == _compat.version(tensor):
+            return None  # nothing was done and nothing changes, as in contiguous() of a contiguous tensor
+        operation = self._known(tensor, in_place=in_place)
         still_scores = (
             tensor.numel() == result.numel()
             or tensor.shape[:-1] == result.shape[:-1]

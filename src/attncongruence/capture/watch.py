@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from attncongruence import _compat
 from attncongruence.capture.kernels import do_nothing, show_kernel
-from attncongruence.capture.product import Log, Operation
-from attncongruence.capture.trace import AttentionMode, CompiledMode, Lineage, pop_mode, push_mode, remove_mode
-
+from attncongruence.capture.product import Log
+from attncongruence.capture.trace import AttentionMode, CompiledMode, pop_mode, push_mode, remove_mode
 
 DATA_PARALLEL = (
     "torch.nn.DataParallel copies the model for each device in each step, and capture cannot follow the copies. Use "
@@ -91,39 +90,8 @@ def on_torch_fast_path(module: nn.Module, args: Iterable[object]) -> bool:
     return not any(t.requires_grad for t in (*tensors, *module.parameters()))
 
 
-class Recording(threading.local):
-    """A forward pass of this thread: the modules that run, and the attention operations seen in them, in order."""
-
-    mode: AttentionMode | None = None
-    error_before: BaseException | None = None
-
-    def __init__(self) -> None:
-        self.path: list[tuple[str, Callable[[], None]]] = []  # names, and what to do when the module has run
-        self.log: Log = []
-
-    def start(self, *, whole: bool) -> None:
-        """Switches a mode on; for a whole model, it tells inputs apart and notes only softmaxes over products."""
-
-        def note(operation: Operation) -> None:
-            if operation.from_product or not whole:
-                self.log.append((self.path[-1][0], operation))
-
-        self.mode = AttentionMode(note, Lineage() if whole else None)
-        self.error_before = sys.exc_info()[1]
-        push_mode(self.mode)
-
-    def stop(self) -> Log:
-        """Switches the mode off, also late, when an interrupt skipped the end."""
-        while self.path:
-            self.path.pop()[1]()
-        mode, self.mode = self.mode, None
-        log, self.log = self.log, []
-        if mode is None:
-            return []
-        remove_mode(mode)
-        # Softmaxes that weigh no keys (gates, routers) are dropped, unless nothing else was seen.
-        log = [(name, operation) for name, operation in log if operation.from_product] or log
-        return [(name, operation.four_d(mode.folds)) for name, operation in log]
+class _ThisThread(threading.local):
+    mode: AttentionMode | None = None  # on while a pass is recorded
 
 
 class Watch:
@@ -144,7 +112,7 @@ class Watch:
         self.modules, self.analysis, self.on_end = modules, analysis, on_end
         self.ran: set[bool] = set()  # since the last pop: whether passes through it were to be recorded
         self.closed = False
-        self.recording, self.compiled = Recording(), CompiledMode()
+        self._thread, self.compiled = _ThisThread(), CompiledMode()
         self._whole, self._candidates = candidates is not None, modules if candidates is None else set(candidates)
         self.handles: list[Any] = []
         self.attach()
@@ -161,16 +129,17 @@ class Watch:
             enter, leave = functools.partial(self._enter, name), functools.partial(self._leave, name)
             self.handles += hook_module(module, before(enter), after(leave))
 
-    def stop(self) -> None:
-        """Switches off what an interrupt left on, and lets go of what was not taken."""
-        self.recording.stop()
-        self.compiled.take()
+    def stop(self) -> Log:
+        """Ends this thread's pass, also late, when an interrupt skipped the end; returns what attended in it."""
+        mode, self._thread.mode = self._thread.mode, None
+        return [] if mode is None else mode.finish()
 
     def close(self) -> None:
         """Takes the hooks off for good and lets go of everything."""
         self.closed = True
         unhook(self.handles)
         self.stop()
+        self.compiled.take()
 
     def _records(self) -> bool:
         # torch.compile guards on `closed`: after close() the model is compiled again, without us.
@@ -179,42 +148,43 @@ class Watch:
     def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         if kwargs is None:  # the model itself is watched, and its own hook has just taken this one off
             return
-        recording = self.recording
         if torch.compiler.is_compiling():
             if self._records():
                 self.compiled.slot = self.compiled.shapes = ()
                 push_mode(self.compiled)
             return
         if not (self._whole and name):
-            recording.stop()  # an interrupt skipped the end of the last pass
+            self.stop()
         if _compat.is_replica(module):  # made for one step: it has the model's hooks and nothing else
             name = type(module).__name__
             raise RuntimeError(f"this {name} is a replica of torch.nn.DataParallel. {DATA_PARALLEL}")
         fast = on_torch_fast_path(module, (*args, *kwargs.values()))
-        if not recording.path:
+        mode = self._thread.mode
+        if mode is None:
             # Checkpointing calls forward again in backward; the module was seen before.
             if module is not self.modules[name] or _compat.in_backward():
                 return
             self.ran.add(self._records())
             if not self._records() or (fast and not self._whole):
                 return
-            recording.start(whole=self._whole)
-        at_end = do_nothing
+            mode = self._thread.mode = AttentionMode(whole=self._whole)
+            push_mode(mode)
+        at_end: Callable[[], None] = do_nothing
         if fast and not self.analysis:
-            if recording.mode is not None and remove_mode(recording.mode):
-                at_end = functools.partial(push_mode, recording.mode)
+            if remove_mode(mode):
+                at_end = functools.partial(push_mode, mode)
         elif name in self._candidates:
             at_end = show_kernel(module)
-        recording.path.append((name, at_end))
+        mode.path.append((name, at_end))
 
     def _leave(self, name: str, module: nn.Module, args: object, result: object) -> None:
-        recording = self.recording
+        mode = self._thread.mode
         if torch.compiler.is_compiling():
             if self._records():
                 pop_mode(self.compiled)
-        elif recording.path and module is self.modules[name]:
-            recording.path.pop()[1]()
-            if not recording.path:
-                log = recording.stop()
-                if not raised(result, recording.error_before):
+        elif mode is not None and module is self.modules[name]:
+            mode.path.pop()[1]()
+            if not mode.path:
+                log = self.stop()
+                if not raised(result, mode.error_before):
                     self.on_end(name, log)
