@@ -2,14 +2,14 @@
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 
 from torch import nn
 
 from attncongruence import _compat
 from attncongruence.capture.product import Log, Operation
-from attncongruence.capture.watch import Watch
+from attncongruence.capture.watch import OnEnd, Watch
 
 _WRAPPERS = re.compile(rf"(?:^|\.)(?:{'|'.join(_compat.WRAPPERS)})(?=\.|$)")
 
@@ -81,7 +81,7 @@ def select_modules(model: nn.Module, layers: Iterable[str | nn.Module]) -> dict[
     return {name: module for name, module in named.items() if module in chosen}
 
 
-def watch_model(model: nn.Module, analysis: bool, on_end: Callable[[str, Log], None]) -> Watch:
+def watch_model(model: nn.Module, analysis: bool, on_end: OnEnd) -> Watch:
     """Watches all modules of a model; `on_end("", log)` is called when the model has run."""
     # Without parameters, an nn.Softmax or nn.Dropout does not stand for the attention it is part of.
     modules = {name: module for name, module in named_modules(model).items() if module is model or _learns(module)}

@@ -84,9 +84,7 @@ class AttentionMode(TorchFunctionMode):
         log = [(name, operation) for name, operation in self._log if operation.from_product] or self._log
         return [(name, operation.four_d(self._folds)) for name, operation in log]
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():  # a compiled function inside an eager module: nothing here can be traced
             return func(*args, **kwargs)
@@ -146,29 +144,21 @@ class AttentionMode(TorchFunctionMode):
         return None if operation is None else self._mark_cross(operation, *factors)
 
     def _derived(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> Operation | None:
-        tensor = next((t for t in tensors_in((*args, *kwargs.values())) if self._known(t) is not None), None)
-        if tensor is None:
+        given = ((t, self._known(t, in_place=t is result)) for t in tensors_in((*args, *kwargs.values())))
+        scores, operation = next((pair for pair in given if pair[1] is not None), (result, None))
+        if operation is None:
             return None
-        in_place = tensor is result
-        if in_place and self._made[id(tensor)][1] == _compat.version(tensor):
+        if scores is result and self._made[id(scores)][1] == _compat.version(scores):
             return None  # nothing was done and nothing changes, as in contiguous() of a contiguous tensor
-        operation = self._known(tensor, in_place=in_place)
-        still_scores = (
-            tensor.numel() == result.numel()
-            or tensor.shape[:-1] == result.shape[:-1]
-            or tensor.shape[-2:] == result.shape[-2:]
-        )
-        if operation is None or not still_scores:
+        same_matrix = scores.shape[-2:] == result.shape[-2:]
+        if not (same_matrix or scores.numel() == result.numel() or scores.shape[:-1] == result.shape[:-1]):
             return None
-        opaque = operation.opaque(from_product=name != "softmax")
         # Transposed scores are for the other direction, longer ones have a sink, wider ones a bias for each head: all
         # are scores, none is scale q k^T.
-        same_shape = tensor.shape == result.shape or (
-            name in product.RESHAPES and tensor.shape[-2:] == result.shape[-2:]
-        )
-        if operation.query is None or not same_shape or name == "softmax":
-            return opaque
-        return product.read_step(name, operation, tensor, args, kwargs) or opaque
+        same_shape = scores.shape == result.shape or (name in product.RESHAPES and same_matrix)
+        if name == "softmax" or operation.query is None or not same_shape:
+            return operation.opaque(from_product=name != "softmax")
+        return product.read_step(name, operation, scores, args, kwargs) or operation.opaque()
 
 
 def _note_fold(folds: dict[int, tuple[int, int]], before: torch.Size, after: torch.Size) -> None:
@@ -192,9 +182,7 @@ class CompiledMode(TorchFunctionMode):
         self.slot: tuple[tuple[Any, ...], ...] = ()
         self.shapes: tuple[tuple[torch.Size, torch.Size], ...] = ()  # before and after each reshape
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
             with self:
@@ -237,9 +225,9 @@ def pop_mode(mode: TorchFunctionMode) -> None:
 def remove_mode(mode: TorchFunctionMode) -> bool:
     """Takes one mode off the stack, wherever it is, and leaves the others in order; False if it was not there."""
     stack = _compat.function_modes()
-    place = next((i for i, other in enumerate(stack) if other is mode), None)
-    if place is None:
+    if mode not in stack:
         return False
+    place = stack.index(mode)
     for other in reversed(stack[place:]):
         pop_mode(other)
     for other in stack[place + 1 :]:

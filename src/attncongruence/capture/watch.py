@@ -14,6 +14,7 @@ from attncongruence.capture.kernels import do_nothing, show_kernel
 from attncongruence.capture.product import Log
 from attncongruence.capture.trace import AttentionMode, CompiledMode, pop_mode, push_mode, remove_mode
 
+OnEnd = Callable[[str, Log], None]
 DATA_PARALLEL = (
     "torch.nn.DataParallel copies the model for each device in each step, and capture cannot follow the copies. Use "
     "DistributedDataParallel (one process per device), or one device."
@@ -83,9 +84,8 @@ def on_torch_fast_path(module: nn.Module, args: Iterable[object]) -> bool:
     tensors = [a for a in args if isinstance(a, Tensor)]
     if any(t.is_nested for t in tensors):
         return True
-    if module.training or not isinstance(
-        module, nn.TransformerEncoder | nn.TransformerEncoderLayer | nn.MultiheadAttention
-    ):
+    encoders = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+    if module.training or not isinstance(module, encoders):
         return False
     return not any(t.requires_grad for t in (*tensors, *module.parameters()))
 
@@ -103,11 +103,7 @@ class Watch:
     """
 
     def __init__(
-        self,
-        modules: dict[str, nn.Module],
-        analysis: bool,
-        on_end: Callable[[str, Log], None],
-        candidates: Iterable[str] | None = None,
+        self, modules: dict[str, nn.Module], analysis: bool, on_end: OnEnd, candidates: Iterable[str] | None = None
     ) -> None:
         self.modules, self.analysis, self.on_end = modules, analysis, on_end
         self.ran: set[bool] = set()  # since the last pop: whether passes through it were to be recorded
@@ -156,8 +152,7 @@ class Watch:
         if not (self._whole and name):
             self.stop()
         if _compat.is_replica(module):  # made for one step: it has the model's hooks and nothing else
-            name = type(module).__name__
-            raise RuntimeError(f"this {name} is a replica of torch.nn.DataParallel. {DATA_PARALLEL}")
+            raise RuntimeError(f"this {type(module).__name__} is a replica of torch.nn.DataParallel. {DATA_PARALLEL}")
         fast = on_torch_fast_path(module, (*args, *kwargs.values()))
         mode = self._thread.mode
         if mode is None:
@@ -178,11 +173,10 @@ class Watch:
         mode.path.append((name, at_end))
 
     def _leave(self, name: str, module: nn.Module, args: object, result: object) -> None:
-        mode = self._thread.mode
         if torch.compiler.is_compiling():
             if self._records():
                 pop_mode(self.compiled)
-        elif mode is not None and module is self.modules[name]:
+        elif (mode := self._thread.mode) is not None and module is self.modules[name]:
             mode.path.pop()[1]()
             if not mode.path:
                 log = self.stop()
