@@ -16,42 +16,6 @@ from attncongruence.capture import product
 from attncongruence.capture.product import Log, Operation, tensors_in
 
 
-class Lineage:
-    """Records which input each tensor descends from, to tell self-attention from cross-attention of equal length.
-
-    Two embeddings are two origins. A tensor has the origin of the first argument that has one; if none has, it is an
-    origin itself. Integer tensors (ids, positions) and tensors without arguments (zeros) have no origin.
-    """
-
-    def __init__(self) -> None:
-        self._origins: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        self._count = 0
-
-    def follow(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object) -> None:
-        """Records one torch function after it ran."""
-        made = [t for t in tensors_in((result,)) if t.is_floating_point()]
-        given = tensors_in((*args, *kwargs.values()))
-        if not made or not given:
-            return
-        origin = next((o for o in map(self.origin, given) if o is not None), None)
-        if origin is None:
-            origin = self._count = self._count + 1
-            # An input of the model has the same origin as what is made of it; weights have no origin.
-            made += [t for t in given if t.is_floating_point() and not isinstance(t, nn.Parameter)][:1]
-        for tensor in made:
-            if self.origin(tensor) is None:
-                self._origins[id(tensor)] = (weakref.ref(tensor), origin)
-
-    def origin(self, tensor: object) -> int | None:
-        """Number of a tensor's origin, if it has one."""
-        ref, origin = self._origins.get(id(tensor), (None, 0))
-        return origin if ref is not None and ref() is tensor else None
-
-    def differ(self, *tensors: object) -> bool:
-        """Whether two tensors are known to have different origins."""
-        return len(set(map(self.origin, tensors)) - {None}) == 2
-
-
 class AttentionMode(TorchFunctionMode):
     """One pass through a watched module: runs every function unchanged, and logs the attention operations.
 
@@ -159,6 +123,42 @@ class AttentionMode(TorchFunctionMode):
         if name == "softmax" or operation.query is None or not same_shape:
             return operation.opaque(from_product=name != "softmax")
         return product.read_step(name, operation, scores, args, kwargs) or operation.opaque()
+
+
+class Lineage:
+    """Records which input each tensor descends from, to tell self-attention from cross-attention of equal length.
+
+    Two embeddings are two origins. A tensor has the origin of the first argument that has one; if none has, it is an
+    origin itself. Integer tensors (ids, positions) and tensors without arguments (zeros) have no origin.
+    """
+
+    def __init__(self) -> None:
+        self._origins: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._count = 0
+
+    def follow(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object) -> None:
+        """Records one torch function after it ran."""
+        made = [t for t in tensors_in((result,)) if t.is_floating_point()]
+        given = tensors_in((*args, *kwargs.values()))
+        if not made or not given:
+            return
+        origin = next((o for o in map(self.origin, given) if o is not None), None)
+        if origin is None:
+            origin = self._count = self._count + 1
+            # An input of the model has the same origin as what is made of it; weights have no origin.
+            made += [t for t in given if t.is_floating_point() and not isinstance(t, nn.Parameter)][:1]
+        for tensor in made:
+            if self.origin(tensor) is None:
+                self._origins[id(tensor)] = (weakref.ref(tensor), origin)
+
+    def origin(self, tensor: object) -> int | None:
+        """Number of a tensor's origin, if it has one."""
+        ref, origin = self._origins.get(id(tensor), (None, 0))
+        return origin if ref is not None and ref() is tensor else None
+
+    def differ(self, *tensors: object) -> bool:
+        """Whether two tensors are known to have different origins."""
+        return len(set(map(self.origin, tensors)) - {None}) == 2
 
 
 def _note_fold(folds: dict[int, tuple[int, int]], before: torch.Size, after: torch.Size) -> None:

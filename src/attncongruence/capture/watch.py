@@ -21,79 +21,6 @@ DATA_PARALLEL = (
 )
 
 
-class Hook:
-    """A hook that does nothing in a copy or a pickle, so that a copy of a watched model is not watched."""
-
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self.call = call
-
-    def __call__(self, *args: Any) -> Any:  # noqa: D102
-        return self.call(*args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return functools.partial, (do_nothing,)
-
-
-@functools.cache
-def uncompiled_hook() -> type[Hook]:
-    """A type of hook that `torch.compile` does not trace. Made on first use, because it imports dynamo."""
-    return type("UncompiledHook", (Hook,), {"__call__": torch.compiler.disable(Hook.__call__)})
-
-
-@functools.cache
-def eager_pass_hooks() -> tuple[type[Hook], type[Hook]]:
-    """Two types of hooks: the first switches `torch.compile` off for one forward pass, the second on again."""
-    compiler = threading.local()
-
-    def open_pass(self: Hook, *args: Any) -> None:
-        compiler.callback = _compat.set_compiler(None)
-        self.call(*args)
-
-    def close_pass(self: Hook, *args: Any) -> None:
-        self.call(*args)
-        _compat.set_compiler(getattr(compiler, "callback", None))
-
-    return (
-        type("OpensEagerPass", (Hook,), {"__call__": _compat.skip_frame(open_pass)}),
-        type("ClosesEagerPass", (Hook,), {"__call__": _compat.skip_frame(close_pass)}),
-    )
-
-
-def hook_module(module: nn.Module, before: Hook, after: Hook) -> list[Any]:
-    """Puts a hook before a forward and one after it, which is called even if forward raises; returns the handles."""
-    return [
-        module.register_forward_pre_hook(before, with_kwargs=True),
-        # First of all forward hooks, so that a mode is off before anyone else's code runs.
-        module.register_forward_hook(after, prepend=True, always_call=True),
-    ]
-
-
-def unhook(handles: list[Any]) -> None:
-    """Takes hooks off and empties the list."""
-    while handles:
-        handles.pop().remove()
-
-
-def raised(result: object, error_before: BaseException | None) -> bool:
-    """Whether a hook after forward was called because forward raised; a forward that returns None did not."""
-    return result is None and sys.exc_info()[1] is not error_before
-
-
-def on_torch_fast_path(module: nn.Module, args: Iterable[object]) -> bool:
-    """Whether torch's encoder runs frozen in evaluation, or on nested tensors: a mode would change or break that."""
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    if any(t.is_nested for t in tensors):
-        return True
-    encoders = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
-    if module.training or not isinstance(module, encoders):
-        return False
-    return not any(t.requires_grad for t in (*tensors, *module.parameters()))
-
-
-class _ThisThread(threading.local):
-    mode: AttentionMode | None = None  # on while a pass is recorded
-
-
 class Watch:
     """Hooks on one module, or on all modules of a model.
 
@@ -182,3 +109,76 @@ class Watch:
                 log = self.stop()
                 if not raised(result, mode.error_before):
                     self.on_end(name, log)
+
+
+class _ThisThread(threading.local):
+    mode: AttentionMode | None = None  # on while a pass is recorded
+
+
+class Hook:
+    """A hook that does nothing in a copy or a pickle, so that a copy of a watched model is not watched."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call = call
+
+    def __call__(self, *args: Any) -> Any:  # noqa: D102
+        return self.call(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial, (do_nothing,)
+
+
+@functools.cache
+def uncompiled_hook() -> type[Hook]:
+    """A type of hook that `torch.compile` does not trace. Made on first use, because it imports dynamo."""
+    return type("UncompiledHook", (Hook,), {"__call__": torch.compiler.disable(Hook.__call__)})
+
+
+@functools.cache
+def eager_pass_hooks() -> tuple[type[Hook], type[Hook]]:
+    """Two types of hooks: the first switches `torch.compile` off for one forward pass, the second on again."""
+    compiler = threading.local()
+
+    def open_pass(self: Hook, *args: Any) -> None:
+        compiler.callback = _compat.set_compiler(None)
+        self.call(*args)
+
+    def close_pass(self: Hook, *args: Any) -> None:
+        self.call(*args)
+        _compat.set_compiler(getattr(compiler, "callback", None))
+
+    return (
+        type("OpensEagerPass", (Hook,), {"__call__": _compat.skip_frame(open_pass)}),
+        type("ClosesEagerPass", (Hook,), {"__call__": _compat.skip_frame(close_pass)}),
+    )
+
+
+def hook_module(module: nn.Module, before: Hook, after: Hook) -> list[Any]:
+    """Puts a hook before a forward and one after it, which is called even if forward raises; returns the handles."""
+    return [
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        # First of all forward hooks, so that a mode is off before anyone else's code runs.
+        module.register_forward_hook(after, prepend=True, always_call=True),
+    ]
+
+
+def unhook(handles: list[Any]) -> None:
+    """Takes hooks off and empties the list."""
+    while handles:
+        handles.pop().remove()
+
+
+def raised(result: object, error_before: BaseException | None) -> bool:
+    """Whether a hook after forward was called because forward raised; a forward that returns None did not."""
+    return result is None and sys.exc_info()[1] is not error_before
+
+
+def on_torch_fast_path(module: nn.Module, args: Iterable[object]) -> bool:
+    """Whether torch's encoder runs frozen in evaluation, or on nested tensors: a mode would change or break that."""
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if any(t.is_nested for t in tensors):
+        return True
+    encoders = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+    if module.training or not isinstance(module, encoders):
+        return False
+    return not any(t.requires_grad for t in (*tensors, *module.parameters()))
