@@ -162,7 +162,8 @@ class AttentionCapture:
             return
         if self._thread.running:  # an interrupt cut this thread's last pass short
             self._forget_pass()
-        self._thread.begin()
+        thread = self._thread
+        thread.running, thread.token, thread.error_before, thread.count = True, object(), sys.exc_info()[1], {}
         self._ran.add(torch.is_grad_enabled())
         for watch in self._watches:
             watch.stop()
@@ -284,10 +285,7 @@ class _ThisThread(threading.local):
     error_before: BaseException | None = None
 
     def __init__(self) -> None:
-        self.count: dict[str, int] = {}
-
-    def begin(self) -> None:
-        self.running, self.token, self.error_before, self.count = True, object(), sys.exc_info()[1], {}
+        self.count: dict[str, int] = {}  # attention operations so far, by layer
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
