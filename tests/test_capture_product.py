@@ -182,7 +182,7 @@ def test_inference_tensors_count_no_writes_so_scores_are_all_that_is_offered(way
 def test_a_freed_tensors_id_tells_nothing_of_the_next():
     # Dropout in eval hands its own argument through; if that argument has the id of freed probabilities, it must not
     # become probabilities itself (seen as a last layer that went missing, one run in six).
-    mode = AttentionMode(lambda operation: None)
+    mode = AttentionMode()
     query, key = torch.randn(2, 4, 5, 3), torch.randn(2, 4, 5, 3)
     scores = query @ key.mT
     mode.follow("matmul", (query, key.mT), {}, scores)

@@ -2,14 +2,14 @@
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextlib import suppress
 
 from torch import nn
 
 from attncongruence import _compat
-from attncongruence.capture import messages
 from attncongruence.capture.product import Log, Operation
-from attncongruence.capture.watch import Watch
+from attncongruence.capture.watch import OnEnd, Watch
 
 _WRAPPERS = re.compile(rf"(?:^|\.)(?:{'|'.join(_compat.WRAPPERS)})(?=\.|$)")
 
@@ -65,36 +65,25 @@ def select_modules(model: nn.Module, layers: Iterable[str | nn.Module]) -> dict[
         ValueError: a name that matches nothing, or a module that is not part of the model.
     """
     named = named_modules(model)
-    chosen: set[str] = set()
+    chosen: set[nn.Module] = set()
     for layer in layers:
-        names = []
-        if isinstance(layer, str):
-            names = [layer] if layer in named else [name for name in named if fnmatch.fnmatchcase(name, layer)]
-        if not names:
-            names = [name for name, module in named.items() if module is _module(model, layer)]
-        if not names:
-            wrong = f"the given {type(layer).__name__} is not a module of this {type(model).__name__}"
-            if isinstance(layer, str):
-                wrong = f"no module is called {layer!r}"
-            raise ValueError(messages.NO_SUCH_LAYER.format(wrong, messages.some(find_attention(model))))
-        chosen.update(names)
-    return {name: module for name, module in named.items() if name in chosen}
+        if isinstance(layer, nn.Module):
+            found, wrong = {layer}, f"the given {type(layer).__name__} is not a module of this {type(model).__name__}"
+        else:
+            wrong = f"no module is called {layer!r}"
+            found = {module for name, module in named.items() if name == layer}
+            found = found or {module for name, module in named.items() if fnmatch.fnmatchcase(name, layer)}
+            with suppress(AttributeError):
+                found = found or {model.get_submodule(layer)}  # another name of a shared module
+        if found.isdisjoint(named.values()):
+            raise ValueError(f"{wrong}. Modules that look like attention: {candidates(model)} (see find_attention)")
+        chosen |= found
+    return {name: module for name, module in named.items() if module in chosen}
 
 
-def _module(model: nn.Module, layer: str | nn.Module) -> nn.Module | None:
-    """A module, or the module of this name: where one module is shared, it has several."""
-    try:
-        return model.get_submodule(layer) if isinstance(layer, str) else layer
-    except AttributeError:
-        return None
-
-
-def watch_model(model: nn.Module, analysis: bool, on_end: Callable[[str, Log], None]) -> Watch:
-    """Watches all modules of a model; `on_end("", log)` is called when the model has run.
-
-    Modules without parameters are left out: an `nn.Softmax` or `nn.Dropout` called on the way does not stand for the
-    attention it is part of.
-    """
+def watch_model(model: nn.Module, analysis: bool, on_end: OnEnd) -> Watch:
+    """Watches all modules of a model; `on_end("", log)` is called when the model has run."""
+    # Without parameters, an nn.Softmax or nn.Dropout does not stand for the attention it is part of.
     modules = {name: module for name, module in named_modules(model).items() if module is model or _learns(module)}
     return Watch(modules, analysis, on_end, find_attention(model))
 
@@ -113,3 +102,26 @@ def self_attention(log: Log) -> list[tuple[str, int, Operation]]:
 def crosses(operation: Operation) -> bool:
     """Whether queries and keys come from two sequences."""
     return operation.cross or operation.lengths[0] != operation.lengths[1]
+
+
+def operations(log: Log) -> str:
+    """The last attention operations of a log, by module and size."""
+    seen = [f"{name or 'the model itself'} ({o.lengths[0]} x {o.lengths[1]})" for name, o in log[-6:]]
+    return ", ".join(seen) or "none"
+
+
+def candidates(model: nn.Module) -> str:
+    """The last names of `find_attention`."""
+    names = [name or "the model itself" for name in find_attention(model)]
+    return ", ".join(names[-6:]) or "none, by their class names"
+
+
+def nothing_seen(model: nn.Module) -> str:
+    """What to do where layers ran and no attention was seen in them."""
+    return (
+        "No softmax over a product of queries and keys was seen, and no scaled_dot_product_attention. The layer may "
+        "use a kernel that torch functions do not show (flash, flex, xformers, TorchScript, or exp and sum by hand), "
+        "or attend without scores (linear attention, convolution). Switch it to sdpa or eager "
+        "(model.set_attn_implementation('sdpa') in transformers), or name another layer. Modules that look like "
+        f"attention: {candidates(model)}."
+    )

@@ -15,8 +15,6 @@ from attncongruence import _compat
 from attncongruence.capture.product import Operation
 from attncongruence.capture.trace import AttentionMode, push_mode, remove_mode
 
-_VISIBLE = ("eager", "sdpa")
-
 
 def do_nothing(*args: object) -> None:
     """A callback that does nothing."""
@@ -25,9 +23,8 @@ def do_nothing(*args: object) -> None:
 def show_kernel(module: nn.Module) -> Callable[[], None]:
     """Makes a hidden kernel of an attention module visible until the returned function is called, once or again."""
     config = module.__dict__.get("config")
-    kernel = _compat.kernel_of(config)
-    tables = None if kernel is None or kernel in _VISIBLE else _compat.kernels()
-    if kernel is None or tables is None or kernel not in tables.attention:
+    kernel, tables = _compat.kernel_of(config), _compat.kernels()
+    if kernel is None or tables is None or kernel in ("eager", "sdpa") or kernel not in tables.attention:
         return do_nothing
     private = module.__dict__["config"] = _compat.with_kernel(config, _registered(kernel))
 
@@ -57,7 +54,7 @@ def _registered(kernel: str) -> str:
         operation = _operation(module, query, key, mask, kwargs)
         if operation is not None:
             for mode in modes:
-                mode.on_operation(operation)
+                mode.log(operation)
             result = call()
         for mode in modes:
             push_mode(mode)
@@ -75,26 +72,24 @@ def _operation(module: nn.Module, query: Tensor, key: Tensor, mask: Any, options
     if options.get("s_aux") is not None or options.get("softcap") is not None or "cu_seq_lens_q" in options:
         return None
     length, keys = query.shape[-2], key.shape[-2]
-    masks: list[tuple[Tensor, float]] = []
-    causal = False
+    causal, masks = False, []
     if hasattr(mask, "mask_mod"):  # flex: a function of positions
         from torch.nn.attention.flex_attention import create_mask
 
-        pairs = create_mask(mask.mask_mod, query.shape[0], None, length, keys, device=str(query.device))
-        masks.append((pairs, 1.0))
+        masks.append(create_mask(mask.mask_mod, query.shape[0], None, length, keys, device=str(query.device)))
     elif isinstance(mask, Tensor) and mask.ndim == 4:
-        masks.append((mask[..., :keys], 1.0))
+        masks.append(mask[..., :keys])
     else:  # flash: a token mask, and the rest in options
         if isinstance(mask, Tensor):
-            masks.append((mask[:, None, None, :keys].bool(), 1.0))
+            masks.append(mask[:, None, None, :keys].bool())
         asked = options.get("is_causal")
         causal = length > 1 and bool(getattr(module, "is_causal", False) if asked is None else asked)
         if (window := options.get("sliding_window")) is not None:
             position = torch.arange(keys, device=query.device)
             near = (position[:, None] - position[None, :]).abs() < window
-            masks.append((near[-length:], 1.0))
+            masks.append(near[-length:])
     if isinstance(bias := options.get("position_bias"), Tensor):
-        masks.append((bias, 1.0))
+        masks.append(bias)
     scale = options.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    return Operation(query, key, scale, tuple(masks), causal)
+    return Operation(query, key, scale, tuple((mask, 1.0) for mask in masks), causal)

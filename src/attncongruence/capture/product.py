@@ -29,7 +29,6 @@ _FILL = {"masked_fill", "where"}
 FACTORS = ("input", "batch1", "batch2", "mat2", "tensor2", "other")
 _OPERANDS = {"other", "mask", "value"}
 
-
 Masks = tuple[tuple[Tensor, float], ...]
 
 

@@ -9,13 +9,15 @@ import torch
 from torch import nn
 
 from attncongruence import _compat
-from attncongruence.capture import messages
-from attncongruence.capture.find import crosses, find_attention, select_modules, self_attention, watch_model
+from attncongruence.capture import find
 from attncongruence.capture.product import Log
 from attncongruence.capture.record import CapturedAttention
-from attncongruence.capture.watch import Watch, hook_module, raised, uncompiled_hook, unhook
+from attncongruence.capture.watch import DATA_PARALLEL, Watch, hook_module, raised, uncompiled_hook, unhook
 
-_MANY = 32
+_REENTRANT = (
+    "under reentrant checkpointing (pass use_reentrant=False to torch.utils.checkpoint, or "
+    "gradient_checkpointing_kwargs={'use_reentrant': False})"
+)
 Layers = int | str | nn.Module | Iterable[int | str | nn.Module]
 
 
@@ -58,8 +60,17 @@ class AttentionCapture:
 
     def __init__(self, model: nn.Module, layers: Layers = -1, *, analysis: bool = False) -> None:
         if isinstance(model, nn.DataParallel):
-            raise RuntimeError(messages.DATA_PARALLEL)
-        self._indices, others = _by_number_or_not(layers)
+            raise RuntimeError(DATA_PARALLEL)
+        choice = [layers] if isinstance(layers, int | str | nn.Module) else list(layers)
+        for layer in choice:
+            if isinstance(layer, bool) or not isinstance(layer, int | str | nn.Module):
+                raise ValueError(
+                    f"layers has {layer!r}, a {type(layer).__name__}: it takes ints (order of execution, -1 is the "
+                    "last), dotted names with wildcards, or modules, one or a list of them"
+                )
+        if not choice:
+            raise ValueError("layers is empty: name at least one, or leave it out for the last self-attention")
+        self._indices = [layer for layer in choice if isinstance(layer, int)]
         _compat.check(by_number=bool(self._indices))
         self.model = unwrapped(model)
         self.analysis = analysis
@@ -69,18 +80,18 @@ class AttentionCapture:
         self._log: Log = []  # what attended in passes through parts of the model
         self._keep: dict[str, set[int]] = {}  # which operations of a layer, where it attends several times
         self._thread = _ThisThread()
-        self._ran = self._ran_with_grad = False
-        self._trouble = ""
+        self._ran: set[bool] = set()  # since the last pop: whether gradients were on, for each pass of the model
+        self._trouble = ""  # what was wrong with the indices
         self._closed = self._warned = self._popped = False
         hook = uncompiled_hook()
         self._handles = hook_module(self.model, hook(self._begin), hook(self._end))
         try:
-            self._watch(others)
+            self._watch(layer for layer in choice if not isinstance(layer, int))
         except ValueError:
             self.close()
             raise
         if self._indices:
-            self._finder = watch_model(self.model, analysis, self._on_pass_end)
+            self._finder = find.watch_model(self.model, analysis, self._on_pass_end)
 
     def pop(self) -> CapturedAttention:
         """The one record since the last pop.
@@ -91,7 +102,10 @@ class AttentionCapture:
         records = self._waiting()
         if len(records) > 1:
             names = ", ".join(record.layer for record in records[:8])
-            raise RuntimeError(messages.SEVERAL.format(len(records), names))
+            raise RuntimeError(
+                f"pop() takes the one record since the last pop, but {len(records)} wait: {names}. Take them all with "
+                "pop_all(), choose one layer, or pop after each forward pass."
+            )
         return self.pop_all()[0]
 
     def pop_all(self) -> list[CapturedAttention]:
@@ -105,12 +119,16 @@ class AttentionCapture:
             self._thread.count = {}
         if not records:
             raise RuntimeError(f"nothing was captured: {self._why_nothing()}")
-        self._popped, self._ran, self._ran_with_grad = True, False, False
-        for watch in self._watches:
-            watch.entered = watch.skipped_without_grad = False
+        self._popped = True
+        for ran in (self._ran, *(watch.ran for watch in self._watches)):
+            ran.clear()
         for record in records:
             if not (self.analysis or record.requires_grad):
-                raise RuntimeError(f"{record.layer} {messages.FROZEN}")
+                raise RuntimeError(
+                    f"{record.layer} was captured without gradient, so that a loss on it trains nothing: its queries "
+                    f"and keys are frozen, or the layer ran {_REENTRANT}. To look at attention without training it, "
+                    "capture_attention(..., analysis=True)."
+                )
         return records
 
     def forget(self) -> None:
@@ -135,7 +153,7 @@ class AttentionCapture:
         self.close()
 
     def _watch(self, layers: Iterable[str | nn.Module]) -> None:
-        for name, module in select_modules(self.model, layers).items():
+        for name, module in find.select_modules(self.model, layers).items():
             self._watches.append(Watch({name: module}, self.analysis, self._on_layer_end))
 
     def _begin(self, module: nn.Module, args: object, kwargs: object) -> None:
@@ -144,15 +162,15 @@ class AttentionCapture:
             return
         if self._thread.running:  # an interrupt cut this thread's last pass short
             self._forget_pass()
-        self._thread.begin()
-        with_grad = torch.is_grad_enabled()
-        self._ran, self._ran_with_grad = True, self._ran_with_grad or with_grad
+        thread = self._thread
+        thread.running, thread.token, thread.error_before, thread.count = True, object(), sys.exc_info()[1], {}
+        self._ran.add(torch.is_grad_enabled())
         for watch in self._watches:
-            watch.recording.stop()
+            watch.stop()
             watch.compiled.take()  # left by a recomputation in backward
             # nn.TransformerEncoderLayer leaves its fast path when a hook is on: validation runs without them.
-            if not (with_grad or self.analysis):
-                watch.detach()
+            if not (torch.is_grad_enabled() or self.analysis):
+                unhook(watch.handles)
 
     def _end(self, module: nn.Module, args: object, result: object) -> None:
         """After the model's own forward, also if it raised."""
@@ -164,9 +182,14 @@ class AttentionCapture:
             watch.attach()
         if raised(result, self._thread.error_before):
             self._forget_pass()
-        if not self._warned and len(self._records) > _MANY * max(1, len(self._watches)):
+        if not self._warned and len(self._records) > 32 * max(1, len(self._watches)):
             self._warned = True
-            warnings.warn(messages.MANY_WAIT.format(len(self._records)), stacklevel=2)
+            warnings.warn(
+                f"{len(self._records)} records of captured attention wait, and each keeps its forward pass in memory. "
+                "Call pop() or pop_all() after each forward pass with gradients on, also where the loss is not used; "
+                "or close() the capture.",
+                stacklevel=2,
+            )
 
     def _forget_pass(self) -> None:
         self._records = [(token, record) for token, record in self._records if token is not self._thread.token]
@@ -194,17 +217,26 @@ class AttentionCapture:
 
     def _choose(self) -> None:
         log, self._log = self._log, []
-        found = self_attention(log)
+        found = find.self_attention(log)
         try:
             chosen = [found[index] for index in self._indices]
         except IndexError:
-            self._trouble = messages.OUT_OF_RANGE.format(self._indices, len(found), messages.operations(log))
+            self._trouble = (
+                f"layers={self._indices} counts self-attentions, and the forward pass ran {len(found)}. Attention "
+                f"seen, queries x keys: {find.operations(log)}. "
+            )
             return
         for name, _, operation in chosen:
-            crossed = dict.fromkeys(n for n, o in log if crosses(o) and o.lengths[0] == operation.lengths[0])
+            crossed = dict.fromkeys(n for n, o in log if find.crosses(o) and o.lengths[0] == operation.lengths[0])
             if crossed:
-                others = ", ".join([*crossed][-3:])
-                warnings.warn(messages.TWO_STREAMS.format(name or "the model itself", others), stacklevel=2)
+                warnings.warn(
+                    f"{name or 'the model itself'} was chosen by its number, and cross-attention ran on a sequence of "
+                    f"the same length ({', '.join([*crossed][-3:])}): it may hold text alone or image alone, and a "
+                    "loss on it would mean nothing. Where text and image are two streams, name their four layers and "
+                    "use AttentionBlocks.from_streams. Where the layer holds both, name it, layers='...', and this "
+                    "warning is gone.",
+                    stacklevel=2,
+                )
         self._records += [(self._thread.token, CapturedAttention(name, operation)) for name, _, operation in chosen]
         if self._finder is None:  # another thread was first
             return
@@ -218,16 +250,32 @@ class AttentionCapture:
 
     def _why_nothing(self) -> str:
         if self._closed:
-            return messages.CLOSED
-        entered = any(watch.entered for watch in self._watches)
-        if not self._ran and not entered:
-            never_ran = messages.NEVER_RAN.format(type(self.model).__name__, messages.some(find_attention(self.model)))
-            return messages.TAKEN if self._popped else never_ran
-        if any(watch.skipped_without_grad for watch in self._watches) or (self._ran and not self._ran_with_grad):
-            return messages.GRADIENTS_OFF
-        if self._watches and not entered:
-            return messages.LAYER_NEVER_RAN.format(", ".join(name for watch in self._watches for name in watch.modules))
-        return self._trouble + messages.nothing_seen(find_attention(self.model))
+            return "this capture is closed. Make a new one with capture_attention(model)."
+        layers_ran = [watch.ran for watch in self._watches if watch.ran]
+        if not self._ran and not layers_ran:
+            if self._popped:
+                return (
+                    "its record was taken before, and the model has not run since. Each record can be taken once: keep "
+                    "what pop() returned."
+                )
+            return (
+                f"{type(self.model).__name__} has not run since capture began, or it ran in a way that calls no hooks "
+                "(model.forward(...) called directly, TorchScript). Call model(...), or name a layer inside the part "
+                f"that runs: {find.candidates(self.model)}."
+            )
+        if self._ran == {False} or any(False in ran for ran in layers_ran):
+            return (
+                f"the layer ran with gradients off. In training: {_REENTRANT}, or inside a no_grad() block of the "
+                "model. In validation, or for analysis: capture_attention(..., analysis=True)."
+            )
+        if self._watches and not layers_ran:
+            names = ", ".join(name for watch in self._watches for name in watch.modules)
+            return (
+                f"the model ran, but {names} did not. Either this forward pass does not use it, or the model was "
+                "compiled and had run before capture began, and compiled code never calls hooks added later: call "
+                "capture_attention before the first compiled run, or torch.compiler.reset() after it."
+            )
+        return self._trouble + find.nothing_seen(self.model)
 
 
 class _ThisThread(threading.local):
@@ -237,20 +285,7 @@ class _ThisThread(threading.local):
     error_before: BaseException | None = None
 
     def __init__(self) -> None:
-        self.count: dict[str, int] = {}
-
-    def begin(self) -> None:
-        self.running, self.token, self.error_before, self.count = True, object(), sys.exc_info()[1], {}
-
-
-def _by_number_or_not(layers: Layers) -> tuple[list[int], list[str | nn.Module]]:
-    choice = [layers] if isinstance(layers, int | str | nn.Module) else list(layers)
-    for layer in choice:
-        if isinstance(layer, bool) or not isinstance(layer, int | str | nn.Module):
-            raise ValueError(messages.WRONG_LAYER.format(layer, type(layer).__name__))
-    if not choice:
-        raise ValueError("layers is empty: name at least one, or leave it out for the last self-attention")
-    return [c for c in choice if isinstance(c, int)], [c for c in choice if not isinstance(c, int)]
+        self.count: dict[str, int] = {}  # attention operations so far, by layer
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -1,6 +1,7 @@
 """Follows a forward pass: modes that see each torch function, and what they record about its tensors."""
 
 import dataclasses
+import sys
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +13,116 @@ from torch.overrides import TorchFunctionMode
 
 from attncongruence import _compat
 from attncongruence.capture import product
-from attncongruence.capture.product import Operation, tensors_in
+from attncongruence.capture.product import Log, Operation, tensors_in
+
+
+class AttentionMode(TorchFunctionMode):
+    """One pass through a watched module: runs every function unchanged, and logs the attention operations.
+
+    It records how each score-like tensor was made, so that a softmax leads back to q and k. In a pass through a whole
+    model, it also tells inputs apart, and logs only softmaxes over products.
+    """
+
+    def __init__(self, *, whole: bool = False) -> None:
+        super().__init__()
+        self.path: list[tuple[str, Callable[[], None]]] = []  # modules that run now; what to do when they have run
+        self.error_before = sys.exc_info()[1]
+        self._log: Log = []
+        self._lineage = Lineage() if whole else None
+        # By id: the tensor, its version, and the operation behind it. Weak, so that the model's intermediate scores
+        # are freed as early as they are without us.
+        self._made: dict[int, tuple[weakref.ref[Tensor], float, Operation]] = {}
+        self._folds: dict[int, tuple[int, int]] = {}  # (batch, heads) by their product, as reshapes show them
+
+    def log(self, operation: Operation) -> None:
+        """Adds an operation of the innermost module that runs."""
+        if operation.from_product or self._lineage is None:
+            self._log.append((self.path[-1][0], operation))
+
+    def finish(self) -> Log:
+        """Switches the mode off, also late, when an interrupt skipped the end, and returns the log."""
+        while self.path:
+            self.path.pop()[1]()
+        remove_mode(self)
+        # Softmaxes that weigh no keys (gates, routers) are dropped, unless nothing else was seen.
+        log = [(name, operation) for name, operation in self._log if operation.from_product] or self._log
+        return [(name, operation.four_d(self._folds)) for name, operation in log]
+
+    def __torch_function__(self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # a compiled function inside an eager module: nothing here can be traced
+            return func(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            with self:
+                return _compat.mha_body(*args, **kwargs)
+        result = func(*args, **kwargs)
+        # torch.Tensor.__matmul__, torch.matmul and Tensor.matmul are all "matmul".
+        name = str(getattr(func, "__name__", "")).strip("_")
+        if func is F.scaled_dot_product_attention:
+            operation = product.read_sdpa(*args, **kwargs)
+            self.log(self._mark_cross(operation, operation.query, operation.key))
+        elif name == "softmax" and (logits := product.softmax_logits(*args, **kwargs)) is not None:
+            operation = self._known(logits) or Operation(from_product=False)
+            self.log(dataclasses.replace(operation, logits=logits))
+        self.follow(name, args, kwargs, result)
+        return result
+
+    def follow(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object) -> None:
+        """Records one torch function after it ran; `name` is its name without underscores."""
+        if self._lineage is not None:
+            self._lineage.follow(args, kwargs, result)
+        if not isinstance(result, Tensor) or result.ndim < 3:
+            return
+        if name in product.RESHAPES and args and isinstance(args[0], Tensor):
+            _note_fold(self._folds, args[0].shape, result.shape)
+        operation = None
+        if name in product.PRODUCTS:
+            operation = self._product(name, args, kwargs)
+        elif self._made:
+            operation = self._derived(name, args, kwargs, result)
+        if operation is not None:
+            self._made[id(result)] = (weakref.ref(result), _compat.version(result), operation)
+
+    def _mark_cross(self, operation: Operation, *factors: object) -> Operation:
+        if self._lineage is None or not self._lineage.differ(*factors):
+            return operation
+        return dataclasses.replace(operation, cross=True)
+
+    def _known(self, tensor: Tensor, *, in_place: bool = False) -> Operation | None:
+        """The operation behind a tensor; opaque if the tensor may have been written to since (`scores[..., 0] = 0`)."""
+        made = self._made.get(id(tensor))
+        if made is None or made[0]() is not tensor:  # a freed tensor leaves its id to another
+            return None
+        _, version, operation = made
+        # Inference tensors do not count writes.
+        unchanged = not tensor.is_inference() and version == _compat.version(tensor) - in_place
+        return operation if unchanged else operation.opaque()
+
+    def _product(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Operation | None:
+        # baddbmm(alibi, batch1=query, batch2=key), matmul(query, other=key)
+        args = (*args, *(kwargs[key] for key in product.FACTORS if key in kwargs))
+        factors = tensors_in(args)[-2:]
+        if any((known := self._known(t)) is not None and not known.from_product for t in factors):
+            return None  # probabilities times values
+        operation = product.read_product(name, args, kwargs)
+        return None if operation is None else self._mark_cross(operation, *factors)
+
+    def _derived(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> Operation | None:
+        given = ((t, self._known(t, in_place=t is result)) for t in tensors_in((*args, *kwargs.values())))
+        scores, operation = next((pair for pair in given if pair[1] is not None), (result, None))
+        if operation is None:
+            return None
+        if scores is result and self._made[id(scores)][1] == _compat.version(scores):
+            return None  # nothing was done and nothing changes, as in contiguous() of a contiguous tensor
+        same_matrix = scores.shape[-2:] == result.shape[-2:]
+        if not (same_matrix or scores.numel() == result.numel() or scores.shape[:-1] == result.shape[:-1]):
+            return None
+        # Transposed scores are for the other direction, longer ones have a sink, wider ones a bias for each head: all
+        # are scores, none is scale q k^T.
+        same_shape = scores.shape == result.shape or (name in product.RESHAPES and same_matrix)
+        if name == "softmax" or operation.query is None or not same_shape:
+            return operation.opaque(from_product=name != "softmax")
+        return product.read_step(name, operation, scores, args, kwargs) or operation.opaque()
 
 
 class Lineage:
@@ -51,114 +161,6 @@ class Lineage:
         return len(set(map(self.origin, tensors)) - {None}) == 2
 
 
-class AttentionMode(TorchFunctionMode):
-    """Runs every function unchanged, and calls `on_operation(operation)` for each attention operation.
-
-    It records how each score-like tensor was made, so that a softmax leads back to q and k.
-    """
-
-    def __init__(self, on_operation: Callable[[Operation], None], lineage: Lineage | None = None) -> None:
-        super().__init__()
-        self.on_operation, self.lineage = on_operation, lineage
-        # By id: the tensor, its version, and the operation behind it. Weak, so that the model's intermediate scores
-        # are freed as early as they are without us.
-        self._made: dict[int, tuple[weakref.ref[Tensor], float, Operation]] = {}
-        self.folds: dict[int, tuple[int, int]] = {}  # (batch, heads) by their product, as reshapes show them
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if torch.compiler.is_compiling():  # a compiled function inside an eager module: nothing here can be traced
-            return func(*args, **kwargs)
-        if func is F.multi_head_attention_forward:
-            with self:
-                return _compat.mha_body(*args, **kwargs)
-        result = func(*args, **kwargs)
-        # torch.Tensor.__matmul__, torch.matmul and Tensor.matmul are all "matmul".
-        name = str(getattr(func, "__name__", "")).strip("_")
-        if func is F.scaled_dot_product_attention:
-            operation = product.read_sdpa(*args, **kwargs)
-            self.on_operation(self._mark_cross(operation, operation.query, operation.key))
-        elif name == "softmax" and (logits := product.softmax_logits(*args, **kwargs)) is not None:
-            operation = self._known(logits) or Operation(from_product=False)
-            self.on_operation(dataclasses.replace(operation, logits=logits))
-        self.follow(name, args, kwargs, result)
-        return result
-
-    def follow(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object) -> None:
-        """Records one torch function after it ran; `name` is its name without underscores."""
-        if self.lineage is not None:
-            self.lineage.follow(args, kwargs, result)
-        if not isinstance(result, Tensor) or result.ndim < 3:
-            return
-        if name in product.RESHAPES and args and isinstance(args[0], Tensor):
-            _note_fold(self.folds, args[0].shape, result.shape)
-        operation = None
-        if name in product.PRODUCTS:
-            operation = self._product(name, args, kwargs)
-        elif self._made:
-            operation = self._derived(name, args, kwargs, result)
-        if operation is not None:
-            self._made[id(result)] = (weakref.ref(result), _compat.version(result), operation)
-
-    def _mark_cross(self, operation: Operation, *factors: object) -> Operation:
-        if self.lineage is None or not self.lineage.differ(*factors):
-            return operation
-        return dataclasses.replace(operation, cross=True)
-
-    def _remembers(self, tensor: Tensor) -> bool:
-        # A freed tensor leaves its id to another, so the tensor itself is compared.
-        ref, *_ = self._made.get(id(tensor), (None,))
-        return ref is not None and ref() is tensor
-
-    def _known(self, tensor: Tensor, *, in_place: bool = False) -> Operation | None:
-        """The operation behind a tensor; opaque if the tensor may have been written to since (`scores[..., 0] = 0`)."""
-        if not self._remembers(tensor):
-            return None
-        _, version, operation = self._made[id(tensor)]
-        # Inference tensors do not count writes.
-        unchanged = not tensor.is_inference() and version == _compat.version(tensor) - in_place
-        return operation if unchanged else operation.opaque()
-
-    def _product(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Operation | None:
-        # baddbmm(alibi, batch1=query, batch2=key), matmul(query, other=key)
-        args = (*args, *(kwargs[key] for key in product.FACTORS if key in kwargs))
-        factors = tensors_in(args)[-2:]
-        if any((known := self._known(t)) is not None and not known.from_product for t in factors):
-            return None  # probabilities times values
-        operation = product.read_product(name, args, kwargs)
-        return None if operation is None else self._mark_cross(operation, *factors)
-
-    def _derived(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> Operation | None:
-        tensor = next((t for t in tensors_in((*args, *kwargs.values())) if self._remembers(t)), None)
-        if tensor is None:
-            return None
-        _, version, _ = self._made[id(tensor)]
-        # In place, the remembered tensor is the result itself, one version on. With the same version, the function had
-        # nothing to do, like contiguous() of a contiguous tensor.
-        untouched = tensor is result and version == _compat.version(tensor)
-        operation = self._known(tensor, in_place=tensor is result and not untouched)
-        if untouched:
-            return operation
-        still_scores = (
-            tensor.numel() == result.numel()
-            or tensor.shape[:-1] == result.shape[:-1]
-            or tensor.shape[-2:] == result.shape[-2:]
-        )
-        if operation is None or not still_scores:
-            return None
-        opaque = operation.opaque(from_product=name != "softmax")
-        # Transposed scores are for the other direction, longer ones have a sink, wider ones a bias for each head: all
-        # are scores, none is scale q k^T.
-        same_shape = tensor.shape == result.shape or (
-            name in product.RESHAPES and tensor.shape[-2:] == result.shape[-2:]
-        )
-        if operation.query is None or not same_shape or name == "softmax":
-            return opaque
-        return product.read_step(name, operation, tensor, args, kwargs) or opaque
-
-
 def _note_fold(folds: dict[int, tuple[int, int]], before: torch.Size, after: torch.Size) -> None:
     wide, flat = (before, after) if len(before) == 4 else (after, before)
     if len(wide) == 4 and flat == (wide[0] * wide[1], *wide[2:]):
@@ -180,9 +182,7 @@ class CompiledMode(TorchFunctionMode):
         self.slot: tuple[tuple[Any, ...], ...] = ()
         self.shapes: tuple[tuple[torch.Size, torch.Size], ...] = ()  # before and after each reshape
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
             with self:
@@ -225,9 +225,9 @@ def pop_mode(mode: TorchFunctionMode) -> None:
 def remove_mode(mode: TorchFunctionMode) -> bool:
     """Takes one mode off the stack, wherever it is, and leaves the others in order; False if it was not there."""
     stack = _compat.function_modes()
-    place = next((i for i, other in enumerate(stack) if other is mode), None)
-    if place is None:
+    if mode not in stack:
         return False
+    place = stack.index(mode)
     for other in reversed(stack[place:]):
         pop_mode(other)
     for other in stack[place + 1 :]:

@@ -10,10 +10,109 @@ import torch
 from torch import Tensor, nn
 
 from attncongruence import _compat
-from attncongruence.capture import messages
 from attncongruence.capture.kernels import do_nothing, show_kernel
-from attncongruence.capture.product import Log, Operation
-from attncongruence.capture.trace import AttentionMode, CompiledMode, Lineage, pop_mode, push_mode, remove_mode
+from attncongruence.capture.product import Log
+from attncongruence.capture.trace import AttentionMode, CompiledMode, pop_mode, push_mode, remove_mode
+
+OnEnd = Callable[[str, Log], None]
+DATA_PARALLEL = (
+    "torch.nn.DataParallel copies the model for each device in each step, and capture cannot follow the copies. Use "
+    "DistributedDataParallel (one process per device), or one device."
+)
+
+
+class Watch:
+    """Hooks on one module, or on all modules of a model.
+
+    `on_end(name, log)` gets the attention operations of each forward pass: of the module, or of whichever module of the
+    model was called from outside. The names in the log are those of the innermost modules that ran. `candidates` are
+    given for a whole model: the names of the modules whose hidden kernels are shown.
+    """
+
+    def __init__(
+        self, modules: dict[str, nn.Module], analysis: bool, on_end: OnEnd, candidates: Iterable[str] | None = None
+    ) -> None:
+        self.modules, self.analysis, self.on_end = modules, analysis, on_end
+        self.ran: set[bool] = set()  # since the last pop: whether passes through it were to be recorded
+        self.closed = False
+        self._thread, self.compiled = _ThisThread(), CompiledMode()
+        self._whole, self._candidates = candidates is not None, modules if candidates is None else set(candidates)
+        self.handles: list[Any] = []
+        self.attach()
+
+    def attach(self) -> None:
+        """Puts the hooks on, if they are off."""
+        if self.handles:
+            return
+        for name, module in self.modules.items():
+            before, after = Hook, Hook
+            if self._whole:
+                # Under torch.compile this one pass runs eagerly: which layers to trace is not known yet.
+                before, after = (uncompiled_hook(),) * 2 if name else eager_pass_hooks()
+            enter, leave = functools.partial(self._enter, name), functools.partial(self._leave, name)
+            self.handles += hook_module(module, before(enter), after(leave))
+
+    def stop(self) -> Log:
+        """Ends this thread's pass, also late, when an interrupt skipped the end; returns what attended in it."""
+        mode, self._thread.mode = self._thread.mode, None
+        return [] if mode is None else mode.finish()
+
+    def close(self) -> None:
+        """Takes the hooks off for good and lets go of everything."""
+        self.closed = True
+        unhook(self.handles)
+        self.stop()
+        self.compiled.take()
+
+    def _records(self) -> bool:
+        # torch.compile guards on `closed`: after close() the model is compiled again, without us.
+        return not self.closed and (self.analysis or torch.is_grad_enabled())
+
+    def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if kwargs is None:  # the model itself is watched, and its own hook has just taken this one off
+            return
+        if torch.compiler.is_compiling():
+            if self._records():
+                self.compiled.slot = self.compiled.shapes = ()
+                push_mode(self.compiled)
+            return
+        if not (self._whole and name):
+            self.stop()
+        if _compat.is_replica(module):  # made for one step: it has the model's hooks and nothing else
+            raise RuntimeError(f"this {type(module).__name__} is a replica of torch.nn.DataParallel. {DATA_PARALLEL}")
+        fast = on_torch_fast_path(module, (*args, *kwargs.values()))
+        mode = self._thread.mode
+        if mode is None:
+            # Checkpointing calls forward again in backward; the module was seen before.
+            if module is not self.modules[name] or _compat.in_backward():
+                return
+            self.ran.add(self._records())
+            if not self._records() or (fast and not self._whole):
+                return
+            mode = self._thread.mode = AttentionMode(whole=self._whole)
+            push_mode(mode)
+        at_end: Callable[[], None] = do_nothing
+        if fast and not self.analysis:
+            if remove_mode(mode):
+                at_end = functools.partial(push_mode, mode)
+        elif name in self._candidates:
+            at_end = show_kernel(module)
+        mode.path.append((name, at_end))
+
+    def _leave(self, name: str, module: nn.Module, args: object, result: object) -> None:
+        if torch.compiler.is_compiling():
+            if self._records():
+                pop_mode(self.compiled)
+        elif (mode := self._thread.mode) is not None and module is self.modules[name]:
+            mode.path.pop()[1]()
+            if not mode.path:
+                log = self.stop()
+                if not raised(result, mode.error_before):
+                    self.on_end(name, log)
+
+
+class _ThisThread(threading.local):
+    mode: AttentionMode | None = None  # on while a pass is recorded
 
 
 class Hook:
@@ -25,19 +124,14 @@ class Hook:
     def __call__(self, *args: Any) -> Any:  # noqa: D102
         return self.call(*args)
 
-    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
-        return _inert_hook, ()
-
-
-def _inert_hook() -> Callable[..., None]:
-    return do_nothing
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial, (do_nothing,)
 
 
 @functools.cache
 def uncompiled_hook() -> type[Hook]:
     """A type of hook that `torch.compile` does not trace. Made on first use, because it imports dynamo."""
-    call = torch.compiler.disable(Hook.__call__)
-    return type("UncompiledHook", (Hook,), {"__call__": call})
+    return type("UncompiledHook", (Hook,), {"__call__": torch.compiler.disable(Hook.__call__)})
 
 
 @functools.cache
@@ -79,143 +173,12 @@ def raised(result: object, error_before: BaseException | None) -> bool:
     return result is None and sys.exc_info()[1] is not error_before
 
 
-_FAST = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
-
-
 def on_torch_fast_path(module: nn.Module, args: Iterable[object]) -> bool:
     """Whether torch's encoder runs frozen in evaluation, or on nested tensors: a mode would change or break that."""
     tensors = [a for a in args if isinstance(a, Tensor)]
     if any(t.is_nested for t in tensors):
         return True
-    if module.training or not isinstance(module, _FAST):
+    encoders = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+    if module.training or not isinstance(module, encoders):
         return False
     return not any(t.requires_grad for t in (*tensors, *module.parameters()))
-
-
-class Recording(threading.local):
-    """A forward pass of this thread: the modules that run, and the attention operations seen in them, in order."""
-
-    mode: AttentionMode | None = None
-    error_before: BaseException | None = None
-
-    def __init__(self) -> None:
-        self.path: list[tuple[str, Callable[[], None]]] = []  # names, and what to do when the module has run
-        self.log: Log = []
-
-    def start(self, *, whole: bool) -> None:
-        """Switches a mode on; for a whole model, it tells inputs apart and notes only softmaxes over products."""
-
-        def note(operation: Operation) -> None:
-            if operation.from_product or not whole:
-                self.log.append((self.path[-1][0], operation))
-
-        self.mode = AttentionMode(note, Lineage() if whole else None)
-        self.error_before = sys.exc_info()[1]
-        push_mode(self.mode)
-
-    def enter(self, name: str, at_end: Callable[[], None], *, watched: bool) -> None:
-        """A module begins to run; where it is not watched, the mode is off until it has run."""
-        if not watched and self.mode is not None and remove_mode(self.mode):
-            at_end = functools.partial(push_mode, self.mode)
-        self.path.append((name, at_end))
-
-    def stop(self) -> Log:
-        """Switches the mode off, also late, when an interrupt skipped the end."""
-        while self.path:
-            self.path.pop()[1]()
-        mode, self.mode = self.mode, None
-        log, self.log = self.log, []
-        if mode is None:
-            return []
-        remove_mode(mode)
-        # Softmaxes that weigh no keys (gates, routers) are dropped, unless nothing else was seen.
-        log = [(name, operation) for name, operation in log if operation.from_product] or log
-        return [(name, operation.four_d(mode.folds)) for name, operation in log]
-
-
-class Watch:
-    """Hooks on one module, or on all modules of a model.
-
-    `on_end(name, log)` gets the attention operations of each forward pass: of the module, or of whichever module of the
-    model was called from outside. The names in the log are those of the innermost modules that ran. `candidates` are
-    given for a whole model: the names of the modules whose hidden kernels are shown.
-    """
-
-    def __init__(
-        self,
-        modules: dict[str, nn.Module],
-        analysis: bool,
-        on_end: Callable[[str, Log], None],
-        candidates: Iterable[str] | None = None,
-    ) -> None:
-        self.modules, self.analysis, self.on_end = modules, analysis, on_end
-        self.entered = self.skipped_without_grad = self.closed = False
-        self.recording, self.compiled = Recording(), CompiledMode()
-        self._whole, self._candidates = candidates is not None, modules if candidates is None else set(candidates)
-        self._handles: list[Any] = []
-        self.attach()
-
-    def attach(self) -> None:
-        """Puts the hooks on, if they are off."""
-        if self._handles:
-            return
-        for name, module in self.modules.items():
-            before, after = Hook, Hook
-            if self._whole:
-                # Under torch.compile this one pass runs eagerly: which layers to trace is not known yet.
-                before, after = (uncompiled_hook(),) * 2 if name else eager_pass_hooks()
-            enter, leave = functools.partial(self._enter, name), functools.partial(self._leave, name)
-            self._handles += hook_module(module, before(enter), after(leave))
-
-    def detach(self) -> None:
-        """Takes the hooks off, if they are on."""
-        unhook(self._handles)
-
-    def close(self) -> None:
-        """Takes the hooks off for good and lets go of everything."""
-        self.closed = True
-        self.detach()
-        self.recording.stop()
-        self.compiled.take()
-
-    def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-        if kwargs is None:  # the model itself is watched, and its own hook has just taken this one off
-            return
-        if torch.compiler.is_compiling():
-            # Reading `closed` makes it a guard: after close() the model is compiled again, without us.
-            if not self.closed and (self.analysis or torch.is_grad_enabled()):
-                self.compiled.slot = self.compiled.shapes = ()
-                push_mode(self.compiled)
-            return
-        if not (self._whole and name):
-            self.recording.stop()  # an interrupt skipped the end of the last pass
-        if _compat.is_replica(module):  # made for one step: it has the model's hooks and nothing else
-            name = type(module).__name__
-            raise RuntimeError(f"this {name} is a replica of torch.nn.DataParallel. {messages.DATA_PARALLEL}")
-        fast = on_torch_fast_path(module, (*args, *kwargs.values()))
-        if not self.recording.path:
-            # Checkpointing calls forward again in backward; the module was seen before.
-            if module is not self.modules[name] or _compat.in_backward():
-                return
-            self.entered = True
-            if not (self.analysis or torch.is_grad_enabled()):
-                self.skipped_without_grad = True
-                return
-            if fast and not self._whole:
-                return
-            self.recording.start(whole=self._whole)
-        watched = self.analysis or not fast
-        at_end = show_kernel(module) if watched and name in self._candidates else do_nothing
-        self.recording.enter(name, at_end, watched=watched)
-
-    def _leave(self, name: str, module: nn.Module, args: object, result: object) -> None:
-        recording = self.recording
-        if torch.compiler.is_compiling():
-            if not self.closed and (self.analysis or torch.is_grad_enabled()):
-                pop_mode(self.compiled)
-        elif recording.path and module is self.modules[name]:
-            recording.path.pop()[1]()
-            if not recording.path:
-                log = recording.stop()
-                if not raised(result, recording.error_before):
-                    self.on_end(name, log)

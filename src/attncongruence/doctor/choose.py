@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from attncongruence.blocks import locate
 from attncongruence.capture import CapturedAttention
-from attncongruence.capture.find import crosses, find_attention, select_modules, self_attention
-from attncongruence.capture.messages import nothing_seen, operations
+from attncongruence.capture.find import crosses, nothing_seen, operations, select_modules, self_attention
 from attncongruence.capture.product import Log
 from attncongruence.doctor.report import TokenPlaces, TroubleFound, kind_of
 from attncongruence.layout import TokenLayout
@@ -63,7 +62,7 @@ def candidates(model: nn.Module, log: Log, layers: Layer) -> list[Candidate]:
     """The self-attentions that `layers` allows, best first; a ValueError where there is no such layer."""
     found = self_attention(log)
     if not log:
-        raise TroubleFound(f"no attention was seen. {nothing_seen(find_attention(model))}", _NEED, _DOCS)
+        raise TroubleFound(f"no attention was seen. {nothing_seen(model)}", _NEED, _DOCS)
     if not found:
         raise TroubleFound("only attention between two sequences was seen", _NEED, _STREAMS)
     names = [name for name, _, _ in found]
