@@ -11,9 +11,9 @@ from attncongruence.capture import CapturedAttention, capture_attention, find_at
 from attncongruence.capture.find import crosses
 from attncongruence.capture.session import unwrapped
 from attncongruence.doctor import measure
-from attncongruence.doctor.choose import Layer, NTextOrFunction, candidates, choose, other_pictures, within
+from attncongruence.doctor.choose import Layer, candidates, choose, other_pictures, within
 from attncongruence.doctor.report import AttentionCall, Report, Trouble, TroubleFound, suggest_code
-from attncongruence.training.outputs import batch_of
+from attncongruence.training.term import NTextOrFunction, batch_of
 
 
 def examine(

@@ -17,14 +17,15 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from attncongruence import _compat
 from attncongruence._typing import Direction
+from attncongruence.blocks import NText
 from attncongruence.capture import CapturedAttention, capture_attention
 from attncongruence.capture.find import named_modules, watch_model
 from attncongruence.capture.product import Log
 from attncongruence.conventions import PRINTED, RELEASED, WEIGHTED_MEAN
-from attncongruence.doctor.choose import Candidate, NText, within
+from attncongruence.doctor.choose import Candidate, within
 from attncongruence.doctor.report import Captured, Gradient, LossRow, Overhead, TroubleFound, listing
 from attncongruence.losses import cacr_loss, iais_loss
-from attncongruence.training.outputs import loss_in
+from attncongruence.training.term import loss_in
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]  # keyword arguments, or positional ones
 _LOSSES = (
@@ -33,7 +34,6 @@ _LOSSES = (
     ("CACR, WEIGHTED_MEAN", cacr_loss, WEIGHTED_MEAN),
     ("IAIS singular, RELEASED", iais_loss, RELEASED),
 )
-_DIRECTIONS: tuple[Direction, ...] = ("language", "vision", "both")
 _NOISE = 1e-5  # of the layer's largest gradient: the bias of keys shifts rows, and its gradient is a rounding error
 _MAX_SECONDS = 20.0  # after which no further round is timed
 
@@ -105,13 +105,13 @@ def as_found(model: nn.Module, inputs: Inputs) -> Iterator[None]:
 
 @torch.no_grad()
 def captured(record: CapturedAttention) -> Captured:
-    """What was captured."""
+    """The record, described."""
     query, allowed = record.query, record.allowed
     mask = "none"
     if allowed is not None:
-        above = allowed.expand(*allowed.shape[:2], *record.lengths).triu(1)
         by_token = bool((allowed == allowed[:, :1, :1]).all())
-        mask = "tokens" if by_token else "pairs" if bool(above.any()) else "causal"
+        upper = allowed.expand(*allowed.shape[:2], *record.lengths).triu(1)
+        mask = "tokens" if by_token else "pairs" if bool(upper.any()) else "causal"
     return Captured(
         shape=(record.batch_size, record.heads, *record.lengths),
         dtype=str((record.scores if query is None else query).dtype).removeprefix("torch."),
@@ -126,11 +126,12 @@ def captured(record: CapturedAttention) -> Captured:
 @torch.no_grad()
 def losses(record: CapturedAttention, n_text: NText) -> list[LossRow]:
     """The losses under each convention in each direction, in nats."""
+    directions: tuple[Direction, ...] = ("language", "vision", "both")
     rows = []
     for name, loss, convention in _LOSSES:
-        values: dict[str, float | None] = dict.fromkeys(_DIRECTIONS)
+        values: dict[str, float | None] = dict.fromkeys(directions)
         why = ""
-        for direction in _DIRECTIONS:
+        for direction in directions:
             try:
                 values[direction] = loss(record, n_text, convention=convention, direction=direction).item()
             except ValueError as error:
@@ -150,7 +151,6 @@ class Step:
     direction: Direction
 
     def _run(self) -> tuple[Any, Tensor]:
-        """The model's output, and the congruence loss."""
         # For analysis: a layer without gradient raises no error here, `gradient` reports it.
         with capture_attention(self.model, self.layer.record.layer, analysis=True) as capture:
             output = call(self.model, self.inputs)
@@ -175,8 +175,8 @@ class Step:
         return Gradient(reached, [name for name in inside if name not in reached + frozen], frozen, elsewhere)
 
     def _no_gradient(self, frozen: list[str]) -> TroubleFound:
-        """Why the loss trains nothing."""
-        layer = self.layer.record.layer or "the model"
+        name = self.layer.record.layer
+        layer = name or "the model"
         module, checkpointed = self._gradients_off()
         if checkpointed:
             came = f"{module} runs under reentrant checkpointing, which drops the gradient of what is captured."
@@ -186,8 +186,8 @@ class Step:
             remedy = "remove the no_grad() around it, or choose an earlier layer with layers= (--layers)."
         elif frozen:
             came = f"the scores of {layer} get no gradient: {listing(frozen)} are frozen, as is all before them."
-            remedy = f"unfreeze the layer, model.get_submodule({self.layer.record.layer!r}).requires_grad_(True), or "
-            remedy += "train something before it (LoRA on its queries or keys is enough)."
+            remedy = f"unfreeze the layer, model.get_submodule({name!r}).requires_grad_(True), or train something "
+            remedy += "before it (LoRA on its queries or keys is enough)."
         else:
             came = f"the gradient of the scores of {layer} reaches no parameter: the layer detaches its queries and "
             came += "keys, or the congruence loss of this batch has a gradient of exactly 0."
@@ -228,21 +228,15 @@ class Step:
         synchronize = torch.cuda.synchronize if any(p.is_cuda for p in self.model.parameters()) else lambda: None
         synchronize()
         start = time.perf_counter()
-        output, loss = self._run() if congruence else (call(self.model, self.inputs), None)
-        main = _main_loss(output)
-        total = main if loss is None else loss if main is None else main + loss
-        if total is not None:
-            total.backward()
+        output, *losses = self._run() if congruence else (call(self.model, self.inputs),)
+        main = loss_in(output)
+        if main is not None and main.requires_grad:
+            losses.append(main)
+        else:  # a substitute that depends on the whole output
+            losses += [t.float().square().mean() for t in _tensors(output) if t.requires_grad and t.numel()]
+        if losses:
+            torch.autograd.backward(losses)
         synchronize()
         seconds = time.perf_counter() - start
         self.model.zero_grad()
         return seconds
-
-
-def _main_loss(output: Any) -> Tensor | None:
-    """The model's own loss, or a substitute that depends on its whole output; None where nothing has a gradient."""
-    loss = loss_in(output)
-    if loss is not None and loss.requires_grad:
-        return loss
-    parts = [t.float().square().mean() for t in _tensors(output) if t.requires_grad and t.numel()]
-    return torch.stack(parts).sum() if parts else None

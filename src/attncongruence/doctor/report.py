@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
-from attncongruence.training.outputs import loss_in
+from attncongruence.training.term import loss_in
 
 _WIDTH, _KEY, _NAME = 96, 13, 54
 

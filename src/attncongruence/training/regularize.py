@@ -18,9 +18,18 @@ from attncongruence.blocks import NText
 from attncongruence.capture import CapturedAttention
 from attncongruence.capture.session import AttentionCapture, Layers, unwrapped
 from attncongruence.capture.watch import uncompiled_hook
-from attncongruence.training.outputs import Batch, batch_of, describe, loss_in, share_of, with_loss
 from attncongruence.training.shim import ForwardShim, TrainingStepShim, optimizer_steps
-from attncongruence.training.term import CongruenceTerm, LossFunction, Positives
+from attncongruence.training.term import (
+    Batch,
+    CongruenceTerm,
+    LossFunction,
+    Positives,
+    batch_of,
+    describe,
+    loss_in,
+    share_of,
+    with_loss,
+)
 
 
 def regularize(
