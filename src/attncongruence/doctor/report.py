@@ -11,7 +11,7 @@ from typing import Any
 
 from attncongruence.training.term import loss_in
 
-_WIDTH, _KEY, _NAME = 96, 13, 54
+_NAME = 54  # columns for a module's name
 
 
 class TroubleFound(Exception):
@@ -147,8 +147,8 @@ def listing(items: Iterable[object], most: int = 6) -> str:
 def as_text(report: Report) -> str:
     """The report for a terminal: ASCII, narrower than 100 columns, without the parts that could not be examined."""
     size = "" if report.batch_size is None else f", a batch of {report.batch_size}"
-    parts = [f"{report.model}{size}, in training mode", _attention(report), _captured(report), _placed(report)]
-    parts += [_losses(report), _gradient(report), _model(report)]
+    parts = [f"{report.model}{size}, in training mode"]
+    parts += [part(report) for part in (_attention, _captured, _placed, _losses, _gradient, _model)]
     if report.snippet is not None:
         one_line = report.one_line or "# regularize adds to the loss that a model returns: this model returned none."
         parts += ["CODE FOR YOUR TRAINING LOOP", report.snippet, "OR, FOR A TRAINER THAT YOU CANNOT EDIT", one_line]
@@ -163,15 +163,16 @@ def as_text(report: Report) -> str:
 def _section(title: str, lines: list[tuple[str, str]], table: Iterable[str] = ()) -> str:
     """A title, the lines of a table, then keys with their values, those that have one; "" where nothing follows."""
     parts = [title.upper(), *table]
-    for key, value in ((key, value) for key, value in lines if value):
-        start = "  - " if key == "-" else f"  {key:<{_KEY}}"
-        parts.append(textwrap.fill(start + value, _WIDTH, subsequent_indent=" " * len(start), break_on_hyphens=False))
+    for key, value in lines:
+        start = "  - " if key == "-" else f"  {key:<13}"
+        if value:
+            parts.append(textwrap.fill(start + value, 96, subsequent_indent=" " * len(start), break_on_hyphens=False))
     return "\n".join(parts) if len(parts) > 1 else ""
 
 
 def _attention(report: Report) -> str:
-    """The attention operations in order; consecutive layers of one kind and size share a line."""
     table = []
+    # Consecutive layers of one kind and size share a line.
     for (kind, call), group in groupby(report.attention, key=lambda a: (kind_of(a.module), replace(a, module=""))):
         names = [one.module for one in group]
         name = (kind if len(names) > 1 else names[0]) or "the model itself"
@@ -191,14 +192,13 @@ def _attention(report: Report) -> str:
 def _captured(report: Report) -> str:
     if (found := report.captured) is None:
         return ""
-    batch, heads, queries, keys = found.shape
+    offers = "yes" if found.offers_query_key else "no, only scores: the model adds a bias to them, caps or shifts them"
+    dense = "no, only the dense form" + (": there is an attention mask" if found.offers_query_key else "")
     masks = {"tokens": "token mask (padding)", "causal": "attention mask, causal", "pairs": "attention mask"}
     hidden = f", {found.hidden:.0%} of all pairs hidden" if found.hidden else ""
-    dense = "no, only the dense form" + (": there is an attention mask" if found.offers_query_key else "")
-    offers = "yes" if found.offers_query_key else "no, only scores: the model adds a bias to them, caps or shifts them"
     shifted = "by each row's maximum: do not use PRINTED, which weighs with raw scores"
     lines = [
-        ("scores", f"batch {batch}, heads {heads}, queries {queries}, keys {keys}, from {found.dtype}"),
+        ("scores", "batch {}, heads {}, queries {}, keys {}, from {}".format(*found.shape, found.dtype)),
         ("q, k, scale", offers),
         ("streaming", "yes, impl='streaming' is possible" if found.streaming else dense),
         ("mask", masks.get(found.mask, "none") + hidden),
@@ -241,13 +241,13 @@ def _gradient(report: Report) -> str:
 
 
 def _model(report: Report) -> str:
-    overhead, outputs = "", {True: "bitwise unchanged by capture", False: "changed by capture", None: ""}
+    outputs = {True: "bitwise unchanged by capture", False: "changed by capture", None: ""}[report.unchanged]
+    overhead = ""
     if (cost := report.overhead) is not None:
         quartiles = f"{cost.lower_quartile:.2f} to {cost.upper_quartile:.2f}, {cost.rounds} rounds"
         overhead = f"a step takes {cost.median:.2f} times as long (quartiles {quartiles})"
     restored = "yes: modes, gradients, buffers; no hook is left" if report.restored else ""
-    lines = [("outputs", outputs[report.unchanged]), ("overhead", overhead), ("restored", restored)]
-    return _section("the model", lines)
+    return _section("the model", [("outputs", outputs), ("overhead", overhead), ("restored", restored)])
 
 
 def suggest_code(report: Report, names: list[str], inputs: Any, output: Any, code: str, layers: str) -> None:

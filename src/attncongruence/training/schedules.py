@@ -44,10 +44,8 @@ class Schedule:
         number("total_steps", self.total_steps)
         number("scale", self.scale)
         if not 1 <= self.total_steps < math.inf:
-            raise ValueError(
-                f"total_steps={self.total_steps} must be >= 1 and finite: "
-                "the number of steps over which the weight rises"
-            )
+            over = "the number of steps over which the weight rises"
+            raise ValueError(f"total_steps={self.total_steps} must be >= 1 and finite: {over}")
         if not 0 < self.scale < math.inf:
             raise ValueError(f"scale={self.scale} must be > 0 and finite")
 

@@ -28,10 +28,7 @@ Positives = Tensor | Sequence[int] | Sequence[bool]
 
 
 def batch_of(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch:
-    """The arguments of a call, by the names of the function's parameters.
-
-    The entries of a mapping among the positional arguments are added under their own names, so that `model(batch)` and
-    `model(**batch)` give the same.
+    """The arguments of a call, by the names of the function's parameters; `model(batch)` gives what `model(**batch)` does.
 
     Example:
         >>> batch_of(lambda ids, labels=None, **rest: None, (1,), {"labels": 2, "mask": 3})
@@ -105,9 +102,8 @@ class CongruenceTerm:
                 mask = mask[selected]
         loss = self.loss(captured, n_text) if mask is None else self.loss(captured, n_text, mask=mask)
         if loss.ndim:
-            raise ValueError(
-                f"the loss has shape {tuple(loss.shape)}: it must be one number, as reduction='mean' gives"
-            )
+            shape = tuple(loss.shape)
+            raise ValueError(f"the loss has shape {shape}: it must be one number, as reduction='mean' gives")
         return loss
 
 
@@ -132,9 +128,8 @@ def _takes_two(function: Callable[..., Any]) -> bool:
 
 def _check_n_text(came: str, n_text: object) -> None:
     if not isinstance(n_text, numbers.Integral | Tensor | TokenLayout):
-        raise ValueError(
-            f"{came} a {type(n_text).__name__}: it must be an int, a (batch,) integer tensor or a TokenLayout"
-        )
+        kind = type(n_text).__name__
+        raise ValueError(f"{came} a {kind}: it must be an int, a (batch,) integer tensor or a TokenLayout")
 
 
 def _warn_if_empty(n_text: int | Tensor | TokenLayout, captured: CapturedAttention) -> None:
@@ -185,31 +180,17 @@ def share_of(batch: Batch, micro_batches: int | None) -> float | Tensor:
 
     transformers' `Trainer` passes `num_items_in_batch`, the number of labels in the whole step on all processes, to
     models that take it. They divide the sum of their losses by it, and `Trainer` does not divide by the number of
-    micro-batches. The weight is
-
-    - 1 without `num_items_in_batch`: the loop divides the loss.
-    - labels here / labels in the step, if all samples have equally many labels (classes, or a row of scores). This is
-      right for micro-batches of different sizes and on several processes.
-    - 1 / `micro_batches` otherwise, if that is known.
-    - 1 otherwise, if this micro-batch must be the whole step: Accelerate says that the optimizer steps after it, there
-      is one process, and the labels here are as many as in the step. This costs one device synchronization.
-
-    If it cannot be known, that is a RuntimeError.
-
-    Example:
-        Two labels of eight:
-
-        >>> share_of({"num_items_in_batch": 8, "labels": torch.tensor([0, 1])}, None)
-        tensor(0.2500)
+    micro-batches.
     """
     items, labels = batch.get("num_items_in_batch"), batch.get("labels")
-    if items is None:
+    if items is None:  # the loop divides the loss
         return 1.0
     if isinstance(labels, Tensor) and (labels.ndim == 1 or labels.is_floating_point()):
-        # labels here / labels in the step; -100 marks labels that Trainer does not count
+        # Each sample has equally many labels: labels here / labels in the step. Trainer does not count -100.
         return labels.ne(-100).sum() / torch.as_tensor(items, device=labels.device)
     if micro_batches is not None:
         return 1 / micro_batches
+    # This micro-batch is the whole step. Comparing the labels costs one device synchronization.
     if _steps_after_this_batch() and int(items) in _label_counts(batch):
         return 1.0
     raise RuntimeError(
@@ -222,10 +203,8 @@ def share_of(batch: Batch, micro_batches: int | None) -> float | Tensor:
 def _steps_after_this_batch() -> bool:
     """Whether Accelerate is in use, in one process, and the optimizer will step after this micro-batch."""
     state = sys.modules.get("accelerate.state")
-    if state is None or not state.is_initialized():
-        return False
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed and torch.distributed.get_world_size() > 1:
+    if state is None or not state.is_initialized() or (distributed and torch.distributed.get_world_size() > 1):
         return False
     return bool(state.GradientState().sync_gradients)
 
@@ -237,14 +216,7 @@ def _label_counts(batch: Batch) -> list[int]:
 
 
 def loss_in(output: Any) -> Tensor | None:
-    """The loss in a model's output: `.loss`, `["loss"]`, the first of a tuple, or the output itself.
-
-    A floating-point tensor of one element; None if the output has none.
-
-    Example:
-        >>> loss_in((torch.tensor(2.0), torch.zeros(3, 4))), loss_in({"logits": torch.zeros(3, 4)})
-        (tensor(2.), None)
-    """
+    """The loss in a model's output: `.loss`, `["loss"]`, the first of a tuple, or the output itself; None: no loss."""
     loss = output
     if isinstance(output, Mapping):
         loss = output.get("loss")
@@ -256,12 +228,7 @@ def loss_in(output: Any) -> Tensor | None:
 
 
 def with_loss(output: Any, loss: Tensor) -> Any:
-    """A copy of a model's output with another loss.
-
-    Example:
-        >>> with_loss((torch.tensor(2.0), "logits"), torch.tensor(3.0))
-        (tensor(3.), 'logits')
-    """
+    """A copy of a model's output with another loss."""
     if isinstance(output, Tensor):
         return loss
     if isinstance(output, MutableMapping):

@@ -22,14 +22,12 @@ from attncongruence._typing import Count, CrossBlock, checked, one_of
 from attncongruence.blocks import Attention, NText
 from attncongruence.layout import Mask
 from attncongruence.maps import entries
-from attncongruence.viz.draw import HATCH, Array, Labels, mean_map, one_sample, sample_and_head
+from attncongruence.viz.matrices import HATCH, Array, Labels, mean_map, one_sample, sample_and_head
 
-BEST, NEXT = "#1a9641", "#d7191c"
-"""The paper's green and red."""
+BEST, NEXT = "#1a9641", "#d7191c"  # the paper's green and red
+# From transparent to purple, a color that is rare in images.
 SHADE = LinearSegmentedColormap.from_list("shade", [(0.33, 0.15, 0.56, 0.0), (0.33, 0.15, 0.56, 0.85)])
-"""From transparent to purple, a color that is rare in images."""
-LINES = 20
-"""Of a legend, in one column."""
+LINES = 20  # of a legend, in one column
 TAG: dict[str, Any] = {"textcoords": "offset points", "va": "top", "fontsize": "small", "fontweight": "bold"}
 
 
@@ -214,7 +212,7 @@ def _text_by_image(block: CrossBlock, *attention: Any) -> tuple[Array, int]:
 
 
 def _best_first(looks: Array) -> list[int]:
-    """The places of finite values in descending order, equal ones in their own."""
+    """Where the finite values are, in descending order; equal ones in their own order."""
     return [int(k) for k in np.argsort(-looks, kind="stable") if np.isfinite(looks[k])]
 
 
