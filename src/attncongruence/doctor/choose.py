@@ -73,9 +73,8 @@ def candidates(model: nn.Module, log: Log, layers: Layer) -> list[Candidate]:
         return every[::-1]
     if isinstance(layers, int):
         if not -len(every) <= layers < len(every):
-            raise ValueError(
-                f"layers={layers}, and the forward pass ran {len(every)} self-attentions: {operations(log)}"
-            )
+            ran = f"{len(every)} self-attentions: {operations(log)}"
+            raise ValueError(f"layers={layers}, and the forward pass ran {ran}")
         return [every[layers]]
     paths = select_modules(model, [layers])
     inside = [(name, seen) for name, seen in log if any(within(name, path) for path in paths)]
@@ -134,11 +133,11 @@ def _guesses(model: nn.Module, batch: Batch, record: CapturedAttention) -> Itera
         code = f'TokenLayout.from_token_type_ids(batch["token_type_ids"]{masked})'
         how = "token_type_ids has the joint length, 1 is image"
         yield Proposal(TokenLayout.from_token_type_ids(types, mask), how, code)
-    ids = [name for name, x in tensors.items() if x.ndim == 2 and x.dtype == torch.long]
-    for name in sorted(ids, key=lambda name: name != "input_ids")[:1]:
-        if (size := tensors[name].shape[1]) < length:
-            how = f"{name} has {size} positions and the layer {length}, text first"
-            yield Proposal(size, how, f'batch["{name}"].shape[1]')
+    sizes = {name: x.shape[1] for name, x in tensors.items() if x.ndim == 2 and x.dtype == torch.long}
+    name = "input_ids" if "input_ids" in sizes else next(iter(sizes), "")
+    if sizes.get(name, length) < length:
+        how = f"{name} has {sizes[name]} positions and the layer {length}, text first"
+        yield Proposal(sizes[name], how, f'batch["{name}"].shape[1]')
 
 
 def _places(record: CapturedAttention, proposal: Proposal, changed: Tensor) -> TokenPlaces:

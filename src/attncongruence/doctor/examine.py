@@ -91,7 +91,6 @@ def _examine(
     direction: Direction | None,
     rounds: int,
 ) -> None:
-    """Fills the report, part by part."""
     try:
         capture_attention(model).close()  # raises for torch.nn.DataParallel
         plain, again = measure.call(model, inputs), measure.call(model, inputs)
@@ -150,8 +149,7 @@ def _direction(report: Report, wanted: Direction | None) -> Direction:
     released, placed = report.losses[0], report.placed
     assert placed is not None
     all_pairs = placed.seen_by_image == placed.seen_by_text == 1
-    default: Direction = "both" if all_pairs else "vision" if released.language is None else "language"
-    way = wanted or default
+    way = wanted or ("both" if all_pairs else "vision" if released.language is None else "language")
     if getattr(released, way) is None:
         raise TroubleFound(f"direction={way!r} is not defined here", "a direction that is defined", released.why)
     if wanted is None and way == "language" and released.vision is not None:

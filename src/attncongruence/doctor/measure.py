@@ -21,21 +21,13 @@ from attncongruence.blocks import NText
 from attncongruence.capture import CapturedAttention, capture_attention
 from attncongruence.capture.find import named_modules, watch_model
 from attncongruence.capture.product import Log
-from attncongruence.conventions import PRINTED, RELEASED, WEIGHTED_MEAN
 from attncongruence.doctor.choose import Candidate, within
 from attncongruence.doctor.report import Captured, Gradient, LossRow, Overhead, TroubleFound, listing
-from attncongruence.losses import cacr_loss, iais_loss
+from attncongruence.losses import LOSSES, cacr_loss, congruence_loss
 from attncongruence.training.term import loss_in
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]  # keyword arguments, or positional ones
-_LOSSES = (
-    ("CACR, RELEASED", cacr_loss, RELEASED),
-    ("CACR, PRINTED", cacr_loss, PRINTED),
-    ("CACR, WEIGHTED_MEAN", cacr_loss, WEIGHTED_MEAN),
-    ("IAIS singular, RELEASED", iais_loss, RELEASED),
-)
-_NOISE = 1e-5  # of the layer's largest gradient: the bias of keys shifts rows, and its gradient is a rounding error
-_MAX_SECONDS = 20.0  # after which no further round is timed
+_LOSSES = (("cacr", "released"), ("cacr", "printed"), ("cacr", "weighted_mean"), ("singular", "released"))
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
@@ -70,7 +62,7 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 def hooks(model: nn.Module) -> int:
-    """Number of this library's hooks. Other libraries (transformers) may add their own in the first forward pass."""
+    """Number of this library's hooks; others, transformers for one, may add their own in the first forward pass."""
     found = [hook for module in model.modules() for hook in _compat.hooks_of(module)]
     return sum("attncongruence" in f"{type(hook).__module__} {getattr(hook, '__module__', '')}" for hook in found)
 
@@ -80,7 +72,7 @@ def as_found(model: nn.Module, inputs: Inputs) -> Iterator[None]:
     """Training mode with gradients on; afterwards modes, gradients, buffers and random numbers are as before."""
     values = inputs.values() if isinstance(inputs, Mapping) else inputs
     leaves = [*model.parameters(), *(t for t in values if isinstance(t, Tensor) and t.is_leaf)]
-    grads = [leaf.grad for leaf in leaves]
+    grads = [(leaf, leaf.grad) for leaf in leaves]
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
     for leaf in leaves:
@@ -94,7 +86,7 @@ def as_found(model: nn.Module, inputs: Inputs) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-        for leaf, grad in zip(leaves, grads, strict=True):
+        for leaf, grad in grads:
             leaf.grad = grad
         for module, name, buffer, copy in buffers:
             setattr(module, name, buffer)
@@ -128,15 +120,16 @@ def losses(record: CapturedAttention, n_text: NText) -> list[LossRow]:
     """The losses under each convention in each direction, in nats."""
     directions: tuple[Direction, ...] = ("language", "vision", "both")
     rows = []
-    for name, loss, convention in _LOSSES:
+    for loss, convention in _LOSSES:
         values: dict[str, float | None] = dict.fromkeys(directions)
         why = ""
         for direction in directions:
             try:
-                values[direction] = loss(record, n_text, convention=convention, direction=direction).item()
+                nats = congruence_loss(loss, record, n_text, convention=convention, direction=direction)
+                values[direction] = nats.item()
             except ValueError as error:
                 why = why or str(error)
-        rows.append(LossRow(name, **values, why=why))
+        rows.append(LossRow(f"{LOSSES[loss].title}, {convention.upper()}", **values, why=why))
     return rows
 
 
@@ -165,7 +158,8 @@ class Step:
         parameters = {name: p for name, p in self.model.named_parameters() if p.numel()}
         sizes = {name: 0.0 if p.grad is None else p.grad.abs().max().item() for name, p in parameters.items()}
         inside = [name for name in sizes if within(name, self.layer.record.layer)]
-        least = _NOISE * max((sizes[name] for name in inside), default=0.0)
+        # The bias of keys only shifts rows: its gradient is a rounding error.
+        least = 1e-5 * max((sizes[name] for name in inside), default=0.0)
         frozen = [name for name in inside if not parameters[name].requires_grad]
         reached = [name for name in inside if sizes[name] > least]
         elsewhere = sum(size > 0 for name, size in sizes.items() if name not in inside)
@@ -206,7 +200,7 @@ class Step:
         with ExitStack() as handles:
             for name, module in named_modules(self.model).items():
                 if within(self.layer.record.layer, name):
-                    handles.callback(module.register_forward_pre_hook(partial(check, name)).remove)
+                    handles.enter_context(module.register_forward_pre_hook(partial(check, name)))
             call(self.model, self.inputs)
         return found[0] if found else ("", False)
 
@@ -219,7 +213,7 @@ class Step:
             seconds = {congruence: self._seconds(congruence) for congruence in order}
             if number >= 0:
                 ratios.append(seconds[True] / seconds[False])
-            if len(ratios) >= 3 and time.perf_counter() - start > _MAX_SECONDS:
+            if len(ratios) >= 3 and time.perf_counter() - start > 20.0:  # enough
                 break
         low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
         return Overhead(median, low, high, len(ratios))

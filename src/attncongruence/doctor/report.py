@@ -11,8 +11,6 @@ from typing import Any
 
 from attncongruence.training.term import loss_in
 
-_NAME = 54  # columns for a module's name
-
 
 class TroubleFound(Exception):
     """Ends the examination; its arguments are those of a `Trouble`."""
@@ -147,8 +145,12 @@ def listing(items: Iterable[object], most: int = 6) -> str:
 def as_text(report: Report) -> str:
     """The report for a terminal: ASCII, narrower than 100 columns, without the parts that could not be examined."""
     size = "" if report.batch_size is None else f", a batch of {report.batch_size}"
-    parts = [f"{report.model}{size}, in training mode"]
-    parts += [part(report) for part in (_attention, _captured, _placed, _losses, _gradient, _model)]
+    parts = [f"{report.model}{size}, in training mode", _attention(report)]
+    parts.append(_captured(report.captured) if report.captured else "")
+    parts.append(_placed(report.placed) if report.placed else "")
+    parts.append(_losses(report.losses))
+    parts.append(_gradient(report.gradient, report.layer, report.direction) if report.gradient else "")
+    parts.append(_model(report))
     if report.snippet is not None:
         one_line = report.one_line or "# regularize adds to the loss that a model returns: this model returned none."
         parts += ["CODE FOR YOUR TRAINING LOOP", report.snippet, "OR, FOR A TRAINER THAT YOU CANNOT EDIT", one_line]
@@ -171,15 +173,15 @@ def _section(title: str, lines: list[tuple[str, str]], table: Iterable[str] = ()
 
 
 def _attention(report: Report) -> str:
-    table = []
+    table, width = [], 54
     # Consecutive layers of one kind and size share a line.
     for (kind, call), group in groupby(report.attention, key=lambda a: (kind_of(a.module), replace(a, module=""))):
         names = [one.module for one in group]
         name = (kind if len(names) > 1 else names[0]) or "the model itself"
-        name = name if len(name) <= _NAME else f"...{name[3 - _NAME :]}"
+        name = name if len(name) <= width else f"...{name[3 - width :]}"
         times = f"{len(names):>3} times" if len(names) > 1 else ""
         size = f"{call.kind:<5} {call.heads:>3} heads {call.queries:>5} x {call.keys:<5}"
-        table.append(f"  {name:<{_NAME}} {size} {times}".rstrip())
+        table.append(f"  {name:<{width}} {size} {times}".rstrip())
     layer, default = report.layer, report.default
     lines = [
         ("not seen", listing(f"{name} ({kind})" for name, kind in report.unseen.items())),
@@ -189,9 +191,7 @@ def _attention(report: Report) -> str:
     return _section("attention, queries x keys", lines, table)
 
 
-def _captured(report: Report) -> str:
-    if (found := report.captured) is None:
-        return ""
+def _captured(found: Captured) -> str:
     offers = "yes" if found.offers_query_key else "no, only scores: the model adds a bias to them, caps or shifts them"
     dense = "no, only the dense form" + (": there is an attention mask" if found.offers_query_key else "")
     masks = {"tokens": "token mask (padding)", "causal": "attention mask, causal", "pairs": "attention mask"}
@@ -207,9 +207,7 @@ def _captured(report: Report) -> str:
     return _section("captured", lines)
 
 
-def _placed(report: Report) -> str:
-    if (placed := report.placed) is None:
-        return ""
+def _placed(placed: TokenPlaces) -> str:
     untested = "cannot be tested: with other pictures, no position of this kind of layer changes, or all do"
     lines = [
         ("from", f"A GUESS: {placed.how}" if placed.guessed else placed.how),
@@ -222,22 +220,20 @@ def _placed(report: Report) -> str:
     return _section("text and image", lines)
 
 
-def _losses(report: Report) -> str:
-    table = [f"  {'nats':<25}{'language':>12}{'vision':>12}{'both':>12}"] if report.losses else []
-    for row in report.losses:
+def _losses(rows: list[LossRow]) -> str:
+    table = [f"  {'nats':<25}{'language':>12}{'vision':>12}{'both':>12}"] if rows else []
+    for row in rows:
         values = ["-" if value is None else f"{value:.4g}" for value in (row.language, row.vision, row.both)]
         table.append(f"  {row.name:<25}" + "".join(f"{value:>12}" for value in values))
-    reasons = dict.fromkeys(row.why for row in report.losses if row.why)
+    reasons = dict.fromkeys(row.why for row in rows if row.why)
     return _section("loss", [("-", why) for why in reasons], table)
 
 
-def _gradient(report: Report) -> str:
-    if (found := report.gradient) is None:
-        return ""
+def _gradient(found: Gradient, layer: str | None, direction: str | None) -> str:
     groups = [("reached", found.reached), ("untouched", found.untouched), ("frozen", found.frozen)]
-    lines = [(key, listing([n.removeprefix(f"{report.layer}.") for n in names], 12)) for key, names in groups]
+    lines = [(key, listing([name.removeprefix(f"{layer}.") for name in names], 12)) for key, names in groups]
     lines.append(("elsewhere", f"{found.elsewhere} parameters of other modules"))
-    return _section(f"gradient of the loss alone, {report.direction}", lines)
+    return _section(f"gradient of the loss alone, {direction}", lines)
 
 
 def _model(report: Report) -> str:

@@ -171,8 +171,9 @@ class CongruenceCallback(TrainerCallback, _compat.exportable_state()):  # type: 
 
     def __init__(self, regularizer: Regularizer | None = None) -> None:
         self._regularizer = regularizer
-        self._sum: Tensor | None = None
+        self._sum: Tensor | float = 0.0  # since the last log
         self._count = self._step_of_epoch = 0
+        self._weight = 0.0
         self.step = 0
         """The regularizer's step when this was last saved or restored."""
 
@@ -184,8 +185,7 @@ class CongruenceCallback(TrainerCallback, _compat.exportable_state()):  # type: 
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Finds the regularizer, and restores its step if the run is resumed."""
-        if self._regularizer is None:
-            self._regularizer = find_regularizer(model)
+        self._regularizer = self._regularizer or find_regularizer(model)
         if state.global_step:
             saved = getattr(state, "stateful_callbacks", {}).get(type(self).__name__)
             saved = saved[0] if isinstance(saved, list) else saved
@@ -216,7 +216,8 @@ class CongruenceCallback(TrainerCallback, _compat.exportable_state()):  # type: 
         """Adds up the losses, after each micro-batch but the last."""
         last = None if self._regularizer is None else self._regularizer.last
         if last is not None:
-            self._sum = last.congruence if self._sum is None else self._sum + last.congruence
+            self._sum = self._sum + last.congruence
+            self._weight = last.weight
             self._count += 1
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
@@ -228,14 +229,13 @@ class CongruenceCallback(TrainerCallback, _compat.exportable_state()):  # type: 
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Adds to the logs of training, and to the history, where Trainer has put them already."""
-        last = None if self._regularizer is None else self._regularizer.last
-        if logs is None or "loss" not in logs or self._sum is None or last is None:
+        if logs is None or "loss" not in logs or not self._count:
             return
-        ours = {"congruence_loss": float(self._sum) / self._count, "congruence_weight": float(last.weight)}
+        ours = {"congruence_loss": float(self._sum) / self._count, "congruence_weight": float(self._weight)}
         logs.update(ours)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(ours)
-        self._sum, self._count = None, 0
+        self._sum, self._count = 0.0, 0
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forgets the number of micro-batches: a later loop may accumulate in another way."""

@@ -1,7 +1,7 @@
 """Schedules for the weight of the loss: each is a function of the optimizer step.
 
-Source: `utils/training_signal_annealing.py`, which is in both released codes and has all three shapes, with scale 5.
-Both train with the exponential one; CACR's released configuration sets T = 5000.
+Source: `utils/training_signal_annealing.py` in both released codes: all three shapes, with scale 5. Both train with the
+exponential one; CACR's released configuration sets T = 5000.
 """
 
 from __future__ import annotations

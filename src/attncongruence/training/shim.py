@@ -77,7 +77,7 @@ class TrainingStepShim(Shim):
 class OptimizerSteps:
     """Calls `listener.on_optimizer_step(optimizer)` after each step of any torch optimizer.
 
-    Listeners are held weakly. They share one hook: torch iterates over its hooks without a copy, so a hook that the
+    Listeners are held weakly and share one hook: torch iterates over its hooks without a copy, so a hook that the
     garbage collector removes during a step would raise an error there.
     """
 
@@ -85,14 +85,12 @@ class OptimizerSteps:
         self.listeners: weakref.WeakSet[Any] = weakref.WeakSet()
         self._handle: RemovableHandle | None = None
 
-    def add(self, listener: Any) -> None:
-        """Tells this listener about each step from now on."""
+    def add(self, listener: Any) -> None:  # noqa: D102
         self.listeners.add(listener)
         if self._handle is None:
             self._handle = register_optimizer_step_post_hook(torch.compiler.disable(self._after_step))
 
-    def remove(self, listener: Any) -> None:
-        """Stops telling this listener."""
+    def remove(self, listener: Any) -> None:  # noqa: D102
         self.listeners.discard(listener)
         if self._handle is not None and not self.listeners:
             self._handle.remove()

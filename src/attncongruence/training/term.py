@@ -28,7 +28,7 @@ Positives = Tensor | Sequence[int] | Sequence[bool]
 
 
 def batch_of(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch:
-    """The arguments of a call, by the names of the function's parameters; `model(batch)` gives what `model(**batch)` does.
+    """The arguments of a call by the names of the function's parameters, for `model(**batch)` and for `model(batch)`.
 
     Example:
         >>> batch_of(lambda ids, labels=None, **rest: None, (1,), {"labels": 2, "mask": 3})

@@ -231,7 +231,6 @@ def one_sample(
 
 
 def sample_and_head(sample: int, head: int | None, heads: int) -> str:
-    """Which sample and head a picture shows, in words."""
     if head is None:
         return f"sample {sample}, mean of {heads} heads" if heads > 1 else f"sample {sample}"
     return f"sample {sample}, head {head}"
@@ -253,14 +252,12 @@ def mean_map(block: Tensor, pairs: Tensor | None) -> Array:
 
 
 def _shared_scale(*arrays: Array, low: float | None = None) -> Normalize:
-    """One color scale for all arrays, from their minimum or `low` to their maximum."""
     finite = np.concatenate([array[np.isfinite(array)] for array in arrays])
     return Normalize(finite.min() if low is None else low, finite.max()) if finite.size else Normalize(0.0, 1.0)
 
 
 def _heat_map(axes: Axes, array: Array, title: str, colors: str, norm: Normalize) -> None:
-    """Draw a heat map; the hatched background shows where it is NaN."""
-    axes.patch.set(**HATCH)
+    axes.patch.set(**HATCH)  # shows where the array is NaN
     axes.imshow(array, cmap=colors, norm=norm, aspect="auto")
     axes.set_title(title, fontweight="bold", fontsize="medium")
     axes.label_outer(remove_inner_ticks=True)
