@@ -31,12 +31,12 @@ START, END = "<!-- matrix -->\n", "<!-- /matrix -->"
 
 AREAS = {
     "core": (
-        "reference conventions equivalence divergence schedules layout blocks metrics losses streaming "
-        "streaming_operators compat_private"
+        "reference conventions maps divergence schedules layout blocks metrics losses streaming "
+        "streaming_operators messages compat_private"
     ),
     "capture": (
-        "capture_autograd capture_find capture_hooks capture_parallel capture_product capture_training capture_zoo "
-        "compat doctor huggingface"
+        "capture_autograd capture_find capture_hooks capture_parallel capture_product capture_record "
+        "capture_training capture_zoo compat doctor huggingface"
     ),
     "training": "regularize regularize_steps training_loops training_parallel compat_frameworks robustness_training",
     "compile": "compile capture_compile",

@@ -28,6 +28,8 @@ from attncongruence import (
     split_attention,
     symmetric_kl,
 )
+from attncongruence.capture import CapturedAttention
+from attncongruence.capture.product import Operation
 from attncongruence.losses import congruence_loss
 from tests.helpers.problems import (
     CASES,
@@ -497,7 +499,7 @@ def test_rejects_of_iais():
         with pytest.raises(ValueError, match=soft):
             loss(S, 3, alignment="soft")
         for convention in (PRINTED, WEIGHTED_MEAN):
-            with pytest.raises(ValueError, match="alignment='distributed' is not defined on raw scores"):
+            with pytest.raises(ValueError, match="the loss 'distributed' is not defined on raw scores"):
                 loss(S, 3, alignment="distributed", convention=convention)
 
 
@@ -597,3 +599,17 @@ def test_synchronizations(length, n_text, mask, expected):
                 attention, where, mask=mask, direction="vision", impl="dense" if attention is not source else "auto"
             )
         assert seen.count == expected, seen.names
+
+
+@pytest.mark.parametrize(
+    ("kind", "length", "expected"),
+    [("none", 300, 0), ("added", 9, 0), ("added", 300, 1), ("bool", 300, 0), ("causal", 9, 1), ("causal", 300, 1)],
+)
+def test_synchronizations_of_a_captured_layer(kind, length, expected):
+    mask = padding("tokens", length)[:, None, None]
+    masks = {"added": ((torch.where(mask, 0.0, -1e9), 1.0),), "bool": ((mask, 1.0),)}.get(kind, ())
+    q, k = randn(2, 2, length, 4), randn(2, 2, length, 4)
+    record = CapturedAttention("layer", Operation(query=q, key=k, masks=masks, causal=kind == "causal"))
+    with Synchronizations() as seen:
+        cacr_loss(record, 4, direction="vision")
+    assert seen.count == expected, seen.names

@@ -474,5 +474,5 @@ def test_rejects_queries_and_keys_that_do_not_fit(query, key, error, message):
 
 
 def test_distributed_alignment_of_scores_is_refused():
-    with pytest.raises(ValueError, match="alignment='distributed' is not defined on raw scores"):
+    with pytest.raises(ValueError, match="the loss 'distributed' is not defined on raw scores"):
         iais_loss(QueryKey(Q, K), 4, alignment="distributed", convention=PRINTED, impl="streaming")

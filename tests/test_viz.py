@@ -503,7 +503,7 @@ def test_rejects_unknown_words():
         plot_congruence(S, 3, direction="both")
     with pytest.raises(ValueError, match="block='LL' is not known: it must be one of 'LV', 'VL'"):
         plot_region_labels(S, 3, image=PICTURE, grid=(2, 2), block="LL")
-    with pytest.raises(ValueError, match="alignment='distributed' is not defined on raw scores"):
+    with pytest.raises(ValueError, match="the loss 'distributed' is not defined on raw scores"):
         plot_congruence(S, 3, loss="distributed", convention=CONVENTIONS["PRINTED"])
     with pytest.raises(ValueError, match=r"attention is f32\[2,3,7\]"):
         plot_blocks(torch.zeros(2, 3, 7), 3)

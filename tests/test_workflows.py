@@ -109,3 +109,9 @@ def test_the_lock_pins_all_that_is_asked_for_and_names_no_address():
         need = Requirement(line)
         versions = locked[canonicalize_name(need.name)]
         assert all(need.specifier.contains(version) for version in versions), line
+
+
+def test_the_matrix_runs_test_files_that_there_are():
+    names = " ".join(matrix.AREAS.values()).split()
+    assert len(set(names)) == len(names) > 20
+    assert {name for name in names if not (ROOT / "tests" / f"test_{name}.py").exists()} == set()

@@ -9,7 +9,7 @@ import numbers
 import re
 import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 import torch
 from beartype import beartype
@@ -59,13 +59,6 @@ REMEDIES = {
 """What to do about a wrong shape or dtype, by the argument that has it."""
 
 
-class HasDevice(Protocol):
-    """A tensor, or what gives scores."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-
 def checked(function: Callable[P, T]) -> Callable[P, T]:
     """Check the shapes and dtypes of a function's arguments at each call, and raise a ValueError of one line.
 
@@ -86,9 +79,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
         for value in (*args, *kwargs.values()):
-            if isinstance(value, torch.Tensor) and (
-                value.layout != torch.strided or value.is_nested or value.element_size() < 2
-            ):
+            if isinstance(value, torch.Tensor) and not _has_arithmetic(value):
                 _refuse_without_arithmetic(signature.bind(*args, **kwargs).arguments)
         try:
             return strict(*args, **kwargs)  # type: ignore[no-any-return]
@@ -115,15 +106,18 @@ def _one_line(error: str) -> str:
     return f"{line}: {REMEDIES[name]}" if name in REMEDIES else line
 
 
+def _has_arithmetic(x: torch.Tensor) -> bool:
+    dense = x.layout == torch.strided and not x.is_nested
+    return dense and not (x.element_size() < 2 and x.is_floating_point())
+
+
 def _refuse_without_arithmetic(arguments: dict[str, object]) -> None:
-    """Raise a ValueError for tensors that have a shape and a dtype, but not the operations of dense ones."""
+    """Raise a ValueError for the tensor that has a shape and a dtype, but not the operations of dense ones."""
     for name, x in arguments.items():
-        if not isinstance(x, torch.Tensor):
-            continue
-        if x.is_nested or x.layout != torch.strided:
+        if isinstance(x, torch.Tensor) and (x.is_nested or x.layout != torch.strided):
             kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.").lstrip("_")
             raise ValueError(f"{name} is a {kind} tensor, and only dense ones are supported: pass a padded, dense one")
-        if x.is_floating_point() and x.element_size() < 2:
+        if isinstance(x, torch.Tensor) and not _has_arithmetic(x):
             raise ValueError(f"{name} is {x.dtype}, which has no arithmetic: pass {name}.float()")
 
 
@@ -157,7 +151,7 @@ def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is not known: it must be one of {words}")
 
 
-def same_device(**tensors: HasDevice | None) -> None:
+def same_device(**tensors: Any) -> None:
     """Raise a ValueError unless all the named tensors live on one device."""
     devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     if len(set(devices.values())) > 1:

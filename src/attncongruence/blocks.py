@@ -190,10 +190,8 @@ def locate(
     """
     if n_text is None:
         raise ValueError("n_text is missing: pass the number of text tokens (int or tensor) or a TokenLayout")
-    pairs_known, allowed = False, None if source is None else source.allowed
-    if allowed is not None:
-        assert source is not None
-        pairs_known, mask = source.masks_pairs is True, joined(allowed, mask)
+    allowed = None if source is None else source.allowed
+    mask = mask if allowed is None else joined(allowed, mask)
     shape = x.shape
     batch, heads, length = shape[0], shape[1] if len(shape) == 4 else 0, shape[-1]
     if shape[-2] != length:
@@ -227,7 +225,7 @@ def locate(
         layout = as_layout(n_text, tokens, batch, length)  # type: ignore[arg-type]
         text, image = layout.text.expand(batch, length), layout.image.expand(batch, length)
         where = Located(text, image, (layout.max_text, layout.max_image), layout._extent.spans, True)
-    return where if pairs is None else _with_pairs(where, pairs, pairs_known)
+    return where if pairs is None else _with_pairs(where, pairs)
 
 
 def cut(S: Tensor, where: Located) -> AttentionBlocks:
@@ -281,15 +279,14 @@ def which_see(text: Tensor, image: Tensor, allowed: Quadrants[Tensor], *more: Te
     return found
 
 
-def _with_pairs(where: Located, pairs: Tensor, pairs_known: bool) -> Located:
+def _with_pairs(where: Located, pairs: Tensor) -> Located:
     places = where.spans or where.positions()
     allowed = quadrants(pairs, places)
     sees = None
     if readable(pairs):
         text, image = take(where.text, places, 1)[0], take(where.image, places, 1)[1]
-        more = [] if pairs_known else [(pairs != pairs[:, :1, :1]).any()]
-        some, LV, VL, *differ = which_see(text, image, allowed, *more)
-        if differ == [False]:
+        some, LV, VL, differ = which_see(text, image, allowed, (pairs != pairs[:, :1, :1]).any())
+        if not differ:
             return where
         sees = (LV, VL) if some else (True, True)
     # Not dataclasses.replace, which torch.compile of torch 2.6 cannot trace.

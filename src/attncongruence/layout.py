@@ -278,10 +278,10 @@ def as_pairs(mask: Tensor) -> Tensor:
     return mask[:, None, None] if mask.dim() == 2 else mask[:, None] if mask.dim() == 3 else mask
 
 
-def joined(allowed: Tensor | None, mask: Tensor | None) -> Tensor | None:
+def joined(allowed: Tensor, mask: Tensor | None) -> Tensor:
     """A layer's own pairs and the caller's mask: an entry counts where both allow it."""
-    if allowed is None or mask is None:
-        return mask if allowed is None else allowed
+    if mask is None:
+        return allowed
     check_mask(mask, tuple(size if size > 1 else 0 for size in allowed.shape))
     return allowed & as_pairs(mask)
 

@@ -283,8 +283,8 @@ def check_options(
         one_of("impl", impl, IMPLS)
     if convention.blocks == "scores" and not loss.on_scores:
         raise ValueError(
-            f"alignment={loss.name!r} is not defined on raw scores: use a convention with blocks='probabilities', "
-            "such as RELEASED, or alignment='singular'"
+            f"the loss {loss.name!r} is not defined on raw scores: use a convention with blocks='probabilities', "
+            "such as RELEASED, or another loss"
         )
     return convention
 

@@ -83,7 +83,7 @@ def check_seen(blocks: AttentionBlocks, cross: set[str]) -> None:
     if sees is None and readable(blocks.LL, *blocks.allowed):
         some, *found = which_see(blocks.text_mask, blocks.image_mask, blocks.allowed)
         sees = (found[0], found[1]) if some else None
-    for name, seen in zip(("LV", "VL"), sees or (), strict=False):
+    for name, seen in zip(("LV", "VL"), sees or (True, True), strict=True):
         if name in cross and not seen:
             raise ValueError(
                 f"no pair of {name} may attend, as in causal decoders: {REMEDY[name]}. If that is not so in this "

@@ -62,11 +62,6 @@ class ScoreSource(Protocol):
         """Device of `scores`."""
         return self.scores.device
 
-    @property
-    def masks_pairs(self) -> bool | None:
-        """Whether `allowed` is a mask of pairs, and not only a token mask; None where only its values tell."""
-        return None
-
 
 if TYPE_CHECKING:
     Source = ScoreSource
