@@ -17,7 +17,7 @@ from attncongruence.capture import CapturedAttention
 from attncongruence.capture.find import crosses, find_attention, select_modules, self_attention
 from attncongruence.capture.messages import nothing_seen, operations
 from attncongruence.capture.product import Log
-from attncongruence.doctor.report import TokenPlaces, TroubleFound, kind_of
+from attncongruence.doctor.report import TokenPlaces, TroubleFound, kind_of, within
 from attncongruence.layout import TokenLayout
 from attncongruence.training.term import Batch, NTextOrFunction
 
@@ -50,11 +50,6 @@ class Proposal:
     code: str  # a number, an expression of `batch` and `captured`, or "" for a function of the user
     guessed: bool = True
     certain: bool = False  # whether it may be used where other pictures do not confirm it
-
-
-def within(name: str, path: str) -> bool:
-    """Whether the module called `name` is the one called `path` or lies inside it."""
-    return not path or f"{name}.".startswith(f"{path}.")
 
 
 def candidates(model: nn.Module, log: Log, layers: Layer) -> list[Candidate]:

@@ -11,8 +11,8 @@ from attncongruence.capture import CapturedAttention, capture_attention, find_at
 from attncongruence.capture.find import crosses
 from attncongruence.capture.session import unwrapped
 from attncongruence.doctor import measure
-from attncongruence.doctor.choose import Layer, candidates, choose, other_pictures, within
-from attncongruence.doctor.report import AttentionCall, Report, Trouble, TroubleFound, suggest_code
+from attncongruence.doctor.choose import Layer, candidates, choose, other_pictures
+from attncongruence.doctor.report import AttentionCall, Report, Trouble, TroubleFound, suggest_code, within
 from attncongruence.training.term import NTextOrFunction, batch_of
 
 
@@ -132,7 +132,7 @@ def _examine(
         report.notes.append("The model does not repeat itself under one seed, so its outputs cannot be compared.")
 
     report.direction = way = _direction(report, direction)
-    step = measure.Step(model, inputs, chosen, proposal.n_text, way)
+    step = measure.Step(model, inputs, chosen.record.layer, chosen.number, proposal.n_text, way)
     report.gradient = gradient = step.gradient()
     if gradient.frozen and not gradient.reached:
         report.notes.append(f"{report.layer} is frozen: the loss trains {gradient.elsewhere} parameters before it.")

@@ -21,8 +21,7 @@ from attncongruence.blocks import NText
 from attncongruence.capture import CapturedAttention, capture_attention
 from attncongruence.capture.find import named_modules, watch_model
 from attncongruence.capture.product import Log
-from attncongruence.doctor.choose import Candidate, within
-from attncongruence.doctor.report import Captured, Gradient, LossRow, Overhead, TroubleFound, listing
+from attncongruence.doctor.report import Captured, Gradient, LossRow, Overhead, TroubleFound, listing, within
 from attncongruence.losses import LOSSES, cacr_loss, congruence_loss
 from attncongruence.training.term import loss_in
 
@@ -139,15 +138,16 @@ class Step:
 
     model: nn.Module
     inputs: Inputs
-    layer: Candidate
+    layer: str
+    number: int  # of the layer's operations before the one that counts
     n_text: NText
     direction: Direction
 
     def _run(self) -> tuple[Any, Tensor]:
         # For analysis: a layer without gradient raises no error here, `gradient` reports it.
-        with capture_attention(self.model, self.layer.record.layer, analysis=True) as capture:
+        with capture_attention(self.model, self.layer, analysis=True) as capture:
             output = call(self.model, self.inputs)
-            record = capture.pop_all()[self.layer.number]
+            record = capture.pop_all()[self.number]
         return output, cacr_loss(record, self.n_text, direction=self.direction)
 
     def gradient(self) -> Gradient:
@@ -157,7 +157,7 @@ class Step:
             congruence.backward()
         parameters = {name: p for name, p in self.model.named_parameters() if p.numel()}
         sizes = {name: 0.0 if p.grad is None else p.grad.abs().max().item() for name, p in parameters.items()}
-        inside = [name for name in sizes if within(name, self.layer.record.layer)]
+        inside = [name for name in sizes if within(name, self.layer)]
         # The bias of keys only shifts rows: its gradient is a rounding error.
         least = 1e-5 * max((sizes[name] for name in inside), default=0.0)
         frozen = [name for name in inside if not parameters[name].requires_grad]
@@ -169,8 +169,7 @@ class Step:
         return Gradient(reached, [name for name in inside if name not in reached + frozen], frozen, elsewhere)
 
     def _no_gradient(self, frozen: list[str]) -> TroubleFound:
-        name = self.layer.record.layer
-        layer = name or "the model"
+        layer = self.layer or "the model"
         module, checkpointed = self._gradients_off()
         if checkpointed:
             came = f"{module} runs under reentrant checkpointing, which drops the gradient of what is captured."
@@ -180,7 +179,9 @@ class Step:
             remedy = "remove the no_grad() around it, or choose an earlier layer with layers= (--layers)."
         elif frozen:
             came = f"the scores of {layer} get no gradient: {listing(frozen)} are frozen, as is all before them."
-            remedy = f"unfreeze the layer, model.get_submodule({name!r}).requires_grad_(True), or train something "
+            remedy = (
+                f"unfreeze the layer, model.get_submodule({self.layer!r}).requires_grad_(True), or train something "
+            )
             remedy += "before it (LoRA on its queries or keys is enough)."
         else:
             came = f"the gradient of the scores of {layer} reaches no parameter: the layer detaches its queries and "
@@ -199,7 +200,7 @@ class Step:
 
         with ExitStack() as handles:
             for name, module in named_modules(self.model).items():
-                if within(self.layer.record.layer, name):
+                if within(self.layer, name):
                     handles.enter_context(module.register_forward_pre_hook(partial(check, name)))
             call(self.model, self.inputs)
         return found[0] if found else ("", False)

@@ -131,6 +131,11 @@ class Report:
         return not self.troubles
 
 
+def within(name: str, path: str) -> bool:
+    """Whether the module called `name` is the one called `path` or lies inside it."""
+    return not path or f"{name}.".startswith(f"{path}.")
+
+
 def kind_of(name: str) -> str:
     """A layer's name with `*` for its numbers: layers of one kind share it."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)

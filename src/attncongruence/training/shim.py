@@ -85,12 +85,14 @@ class OptimizerSteps:
         self.listeners: weakref.WeakSet[Any] = weakref.WeakSet()
         self._handle: RemovableHandle | None = None
 
-    def add(self, listener: Any) -> None:  # noqa: D102
+    def add(self, listener: Any) -> None:
+        """Tells this listener about each step from now on."""
         self.listeners.add(listener)
         if self._handle is None:
             self._handle = register_optimizer_step_post_hook(torch.compiler.disable(self._after_step))
 
-    def remove(self, listener: Any) -> None:  # noqa: D102
+    def remove(self, listener: Any) -> None:
+        """Stops telling this listener."""
         self.listeners.discard(listener)
         if self._handle is not None and not self.listeners:
             self._handle.remove()

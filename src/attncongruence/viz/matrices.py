@@ -231,6 +231,7 @@ def one_sample(
 
 
 def sample_and_head(sample: int, head: int | None, heads: int) -> str:
+    """What a picture shows, for its title."""
     if head is None:
         return f"sample {sample}, mean of {heads} heads" if heads > 1 else f"sample {sample}"
     return f"sample {sample}, head {head}"
