@@ -179,10 +179,8 @@ class Step:
             remedy = "remove the no_grad() around it, or choose an earlier layer with layers= (--layers)."
         elif frozen:
             came = f"the scores of {layer} get no gradient: {listing(frozen)} are frozen, as is all before them."
-            remedy = (
-                f"unfreeze the layer, model.get_submodule({self.layer!r}).requires_grad_(True), or train something "
-            )
-            remedy += "before it (LoRA on its queries or keys is enough)."
+            remedy = f"unfreeze the layer, model.get_submodule({self.layer!r}).requires_grad_(True), or train "
+            remedy += "something before it (LoRA on its queries or keys is enough)."
         else:
             came = f"the gradient of the scores of {layer} reaches no parameter: the layer detaches its queries and "
             came += "keys, or the congruence loss of this batch has a gradient of exactly 0."
