@@ -281,7 +281,7 @@ def _comparable(name: str, scores: Tensor) -> Tensor:
     if not scores.numel():
         raise ValueError(f"{name} of shape {tuple(scores.shape)} is empty: there is nothing to score")
     if scores.dtype == torch.uint64:
-        raise ValueError(f"{name} is torch.uint64, whose upper half is negative in int64: pass another type")
+        raise ValueError(f"{name} is torch.uint64, whose upper half is negative in int64: pass int64 or floats")
     if bool(scores.isnan().any()):
         raise ValueError(f"{name} contains NaN, which compares with nothing: look for it in the model's scores")
     return scores.double() if scores.is_floating_point() else scores.long()
