@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from attncongruence.doctor.command import main
+from attncongruence.__main__ import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers on its own tiny random models
 PAGE = Path(__file__).parent.parent / "docs" / "doctor.md"

@@ -10,7 +10,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils.checkpoint import checkpoint
 
 from attncongruence import CACRLoss, IAISLoss, TokenLayout, cacr_loss, capture_attention, regularize
-from attncongruence.training.outputs import share_of
+from attncongruence.training.term import share_of
 from tests.helpers.models import Attention, hook_count
 from tests.helpers.regularizing import (
     EACH_FORM,

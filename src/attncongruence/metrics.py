@@ -63,9 +63,8 @@ def winoground_scores(s: Float[Tensor, "n 2 2"] | Integer[Tensor, "n 2 2"]) -> W
         WinogroundScores(text=100.0, image=50.0, group=50.0)
     """
     s = _comparable("s", s)
-    own_0, own_1, caption_0_image_1, caption_1_image_0 = s[:, 0, 0], s[:, 1, 1], s[:, 0, 1], s[:, 1, 0]
-    text = (own_0 > caption_1_image_0) & (own_1 > caption_0_image_1)
-    image = (own_0 > caption_0_image_1) & (own_1 > caption_1_image_0)
+    text = (s[:, 0, 0] > s[:, 1, 0]) & (s[:, 1, 1] > s[:, 0, 1])
+    image = (s[:, 0, 0] > s[:, 0, 1]) & (s[:, 1, 1] > s[:, 1, 0])
     right = torch.stack([text, image, text & image], 1)
     return WinogroundScores(*(100 * right.double().mean(0)).tolist())
 
@@ -252,7 +251,7 @@ def argmax_entropy(
 
 
 def _annotated(blocks: AttentionBlocks, regions: Tensor) -> AttentionBlocks:
-    """Replace LV by the annotation: token i attends to region a_i alone, or to none."""
+    """The blocks with the annotation as LV: token i attends to region a_i alone, or to none."""
     same_device(attention=blocks.LL, regions=regions)
     values_of(regions=regions)
     batch, _, N, M = blocks.LV.shape
@@ -282,9 +281,7 @@ def _comparable(name: str, scores: Tensor) -> Tensor:
     if not scores.numel():
         raise ValueError(f"{name} of shape {tuple(scores.shape)} is empty: there is nothing to score")
     if scores.dtype == torch.uint64:
-        raise ValueError(
-            f"{name} is torch.uint64, whose upper half is negative in int64: pass another integer or float"
-        )
+        raise ValueError(f"{name} is torch.uint64, whose upper half is negative in int64: pass int64 or floats")
     if bool(scores.isnan().any()):
         raise ValueError(f"{name} contains NaN, which compares with nothing: look for it in the model's scores")
     return scores.double() if scores.is_floating_point() else scores.long()

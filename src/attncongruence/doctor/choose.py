@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
@@ -12,16 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attncongruence.blocks import locate
+from attncongruence.blocks import NText, locate
 from attncongruence.capture import CapturedAttention
 from attncongruence.capture.find import crosses, nothing_seen, operations, select_modules, self_attention
 from attncongruence.capture.product import Log
-from attncongruence.doctor.report import TokenPlaces, TroubleFound, kind_of
+from attncongruence.doctor.report import TokenPlaces, TroubleFound, kind_of, within
 from attncongruence.layout import TokenLayout
+from attncongruence.training.term import Batch, NTextOrFunction
 
-Batch = Mapping[str, Any]  # what the model was called with, by parameter name
-NText = int | Tensor | TokenLayout
-NTextOrFunction = NText | Callable[[Batch, CapturedAttention], NText]
 Layer = int | str | nn.Module
 
 _NEED = "one self-attention over text and image"
@@ -53,11 +51,6 @@ class Proposal:
     certain: bool = False  # whether it may be used where other pictures do not confirm it
 
 
-def within(name: str, path: str) -> bool:
-    """Whether the module called `name` is the one called `path` or lies inside it."""
-    return not path or f"{name}.".startswith(f"{path}.")
-
-
 def candidates(model: nn.Module, log: Log, layers: Layer) -> list[Candidate]:
     """The self-attentions that `layers` allows, best first; a ValueError where there is no such layer."""
     found = self_attention(log)
@@ -67,16 +60,15 @@ def candidates(model: nn.Module, log: Log, layers: Layer) -> list[Candidate]:
         raise TroubleFound("only attention between two sequences was seen", _NEED, _STREAMS)
     names = [name for name, _, _ in found]
     every = []
-    for index, (name, number, seen) in enumerate(found):
-        code = f'"{name}"' if names.count(name) == 1 else str(index - len(found))
-        every.append(Candidate(CapturedAttention(name, seen), number, "" if seen is found[-1][2] else code))
+    for index, (name, number, seen) in enumerate(found, -len(found)):
+        code = "" if index == -1 else f'"{name}"' if names.count(name) == 1 else str(index)
+        every.append(Candidate(CapturedAttention(name, seen), number, code))
     if layers == -1:
         return every[::-1]
     if isinstance(layers, int):
         if not -len(every) <= layers < len(every):
-            raise ValueError(
-                f"layers={layers}, and the forward pass ran {len(every)} self-attentions: {operations(log)}"
-            )
+            ran = f"{len(every)} self-attentions: {operations(log)}"
+            raise ValueError(f"layers={layers}, and the forward pass ran {ran}")
         return [every[layers]]
     paths = select_modules(model, [layers])
     inside = [(name, seen) for name, seen in log if any(within(name, path) for path in paths)]
@@ -111,7 +103,6 @@ def choose(
 
 
 def _given(n_text: Any, batch: Batch, record: CapturedAttention) -> Proposal:
-    """What the user passed, for this batch."""
     value = n_text(batch, record) if callable(n_text) else n_text
     if isinstance(value, bool) or not isinstance(value, int | Tensor | TokenLayout):
         raise TypeError(f"it is a {type(value).__name__}, and must be an int, a (batch,) tensor or a TokenLayout")
@@ -136,30 +127,29 @@ def _guesses(model: nn.Module, batch: Batch, record: CapturedAttention) -> Itera
         code = f'TokenLayout.from_token_type_ids(batch["token_type_ids"]{masked})'
         how = "token_type_ids has the joint length, 1 is image"
         yield Proposal(TokenLayout.from_token_type_ids(types, mask), how, code)
-    ids = [name for name, x in tensors.items() if x.ndim == 2 and x.dtype == torch.long]
-    for name in sorted(ids, key=lambda name: name != "input_ids")[:1]:
-        if (size := tensors[name].shape[1]) < length:
-            how = f"{name} has {size} positions and the layer {length}, text first"
-            yield Proposal(size, how, f'batch["{name}"].shape[1]')
+    sizes = {name: x.shape[1] for name, x in tensors.items() if x.ndim == 2 and x.dtype == torch.long}
+    name = "input_ids" if "input_ids" in sizes else next(iter(sizes), "")
+    if sizes.get(name, length) < length:
+        how = f"{name} has {sizes[name]} positions and the layer {length}, text first"
+        yield Proposal(sizes[name], how, f'batch["{name}"].shape[1]')
 
 
 def _places(record: CapturedAttention, proposal: Proposal, changed: Tensor) -> TokenPlaces:
     """Where a proposal puts text and image; a ValueError where that is wrong, or a guess that nothing confirms."""
     try:
         where = locate(record, proposal.n_text, source=record)
-        text, image = where.text, where.image
     except ValueError as error:
         size = f"{record.layer}, which attends over {record.lengths[0]} positions"
         raise ValueError(f"n_text does not fit {size}: {error}") from error
-    confirmed: bool | None = None  # where nothing changes (learned queries replace the image), or everything does
-    if changed.any() and not bool(changed[text | image].all()):
-        confirmed = not bool((changed & text).any())
-        if not confirmed:
-            raise ValueError(
-                f"in {record.layer} positions that n_text calls text change with the pictures ({proposal.how}). "
-                f"Those that change: {_ranges(changed.any(0).nonzero()[:, 0].tolist())}"
-            )
-    if confirmed is None and not proposal.certain:
+    text, image = where.text, where.image
+    # Nothing is told where nothing changes (learned queries replace the image), or everything does.
+    confirmed = True if changed.any() and not bool(changed[text | image].all()) else None
+    if confirmed and bool((changed & text).any()):
+        raise ValueError(
+            f"in {record.layer} positions that n_text calls text change with the pictures ({proposal.how}). "
+            f"Those that change: {_ranges(changed.any(0).nonzero()[:, 0].tolist())}"
+        )
+    if not confirmed and not proposal.certain:
         raise ValueError(
             f"{record.layer}: {proposal.how}. This guess is not used, as other pictures do not confirm it: either the "
             "batch has no picture, or no position of the layer changes with it, or every one does"
@@ -172,10 +162,12 @@ def _places(record: CapturedAttention, proposal: Proposal, changed: Tensor) -> T
 
 
 def _share(record: CapturedAttention, rows: Tensor, columns: Tensor) -> float:
-    """Share of the pairs (row, column) that may attend; 1 where there is no such pair."""
+    """Share of the pairs (row, column) that may attend."""
     pairs = rows[:, None, :, None] & columns[:, None, None, :]
-    allowed = pairs if record.allowed is None else pairs & record.allowed
-    return (allowed.sum() / pairs.expand(allowed.shape).sum().clamp(min=1)).item() if pairs.any() else 1.0
+    if record.allowed is None or not pairs.any():
+        return 1.0
+    allowed = pairs & record.allowed
+    return (allowed.sum() / pairs.expand(allowed.shape).sum()).item()
 
 
 def _changed(log: Log, other: Log, record: CapturedAttention) -> Tensor:

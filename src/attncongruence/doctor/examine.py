@@ -11,9 +11,9 @@ from attncongruence.capture import CapturedAttention, capture_attention, find_at
 from attncongruence.capture.find import crosses
 from attncongruence.capture.session import unwrapped
 from attncongruence.doctor import measure
-from attncongruence.doctor.choose import Layer, NTextOrFunction, candidates, choose, other_pictures, within
-from attncongruence.doctor.report import AttentionCall, Report, Trouble, TroubleFound, suggest_code
-from attncongruence.training.outputs import batch_of
+from attncongruence.doctor.choose import Layer, candidates, choose, other_pictures
+from attncongruence.doctor.report import AttentionCall, Report, Trouble, TroubleFound, suggest_code, within
+from attncongruence.training.term import NTextOrFunction, batch_of
 
 
 def examine(
@@ -91,7 +91,6 @@ def _examine(
     direction: Direction | None,
     rounds: int,
 ) -> None:
-    """Fills the report, part by part."""
     try:
         capture_attention(model).close()  # raises for torch.nn.DataParallel
         plain, again = measure.call(model, inputs), measure.call(model, inputs)
@@ -133,7 +132,7 @@ def _examine(
         report.notes.append("The model does not repeat itself under one seed, so its outputs cannot be compared.")
 
     report.direction = way = _direction(report, direction)
-    step = measure.Step(model, inputs, chosen, proposal.n_text, way)
+    step = measure.Step(model, inputs, chosen.record.layer, chosen.number, proposal.n_text, way)
     report.gradient = gradient = step.gradient()
     if gradient.frozen and not gradient.reached:
         report.notes.append(f"{report.layer} is frozen: the loss trains {gradient.elsewhere} parameters before it.")
@@ -150,8 +149,7 @@ def _direction(report: Report, wanted: Direction | None) -> Direction:
     released, placed = report.losses[0], report.placed
     assert placed is not None
     all_pairs = placed.seen_by_image == placed.seen_by_text == 1
-    default: Direction = "both" if all_pairs else "vision" if released.language is None else "language"
-    way = wanted or default
+    way = wanted or ("both" if all_pairs else "vision" if released.language is None else "language")
     if getattr(released, way) is None:
         raise TroubleFound(f"direction={way!r} is not defined here", "a direction that is defined", released.why)
     if wanted is None and way == "language" and released.vision is not None:

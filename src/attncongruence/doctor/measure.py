@@ -17,25 +17,16 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from attncongruence import _compat
 from attncongruence._typing import Direction
+from attncongruence.blocks import NText
 from attncongruence.capture import CapturedAttention, capture_attention
 from attncongruence.capture.find import named_modules, watch_model
 from attncongruence.capture.product import Log
-from attncongruence.conventions import PRINTED, RELEASED, WEIGHTED_MEAN
-from attncongruence.doctor.choose import Candidate, NText, within
-from attncongruence.doctor.report import Captured, Gradient, LossRow, Overhead, TroubleFound, listing
-from attncongruence.losses import cacr_loss, iais_loss
-from attncongruence.training.outputs import loss_in
+from attncongruence.doctor.report import Captured, Gradient, LossRow, Overhead, TroubleFound, listing, within
+from attncongruence.losses import LOSSES, cacr_loss, congruence_loss
+from attncongruence.training.term import loss_in
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]  # keyword arguments, or positional ones
-_LOSSES = (
-    ("CACR, RELEASED", cacr_loss, RELEASED),
-    ("CACR, PRINTED", cacr_loss, PRINTED),
-    ("CACR, WEIGHTED_MEAN", cacr_loss, WEIGHTED_MEAN),
-    ("IAIS singular, RELEASED", iais_loss, RELEASED),
-)
-_DIRECTIONS: tuple[Direction, ...] = ("language", "vision", "both")
-_NOISE = 1e-5  # of the layer's largest gradient: the bias of keys shifts rows, and its gradient is a rounding error
-_MAX_SECONDS = 20.0  # after which no further round is timed
+_LOSSES = (("cacr", "released"), ("cacr", "printed"), ("cacr", "weighted_mean"), ("singular", "released"))
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
@@ -70,7 +61,7 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 def hooks(model: nn.Module) -> int:
-    """Number of this library's hooks. Other libraries (transformers) may add their own in the first forward pass."""
+    """Number of this library's hooks; others, transformers for one, may add their own in the first forward pass."""
     found = [hook for module in model.modules() for hook in _compat.hooks_of(module)]
     return sum("attncongruence" in f"{type(hook).__module__} {getattr(hook, '__module__', '')}" for hook in found)
 
@@ -80,7 +71,7 @@ def as_found(model: nn.Module, inputs: Inputs) -> Iterator[None]:
     """Training mode with gradients on; afterwards modes, gradients, buffers and random numbers are as before."""
     values = inputs.values() if isinstance(inputs, Mapping) else inputs
     leaves = [*model.parameters(), *(t for t in values if isinstance(t, Tensor) and t.is_leaf)]
-    grads = [leaf.grad for leaf in leaves]
+    grads = [(leaf, leaf.grad) for leaf in leaves]
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
     for leaf in leaves:
@@ -94,7 +85,7 @@ def as_found(model: nn.Module, inputs: Inputs) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-        for leaf, grad in zip(leaves, grads, strict=True):
+        for leaf, grad in grads:
             leaf.grad = grad
         for module, name, buffer, copy in buffers:
             setattr(module, name, buffer)
@@ -105,13 +96,13 @@ def as_found(model: nn.Module, inputs: Inputs) -> Iterator[None]:
 
 @torch.no_grad()
 def captured(record: CapturedAttention) -> Captured:
-    """What was captured."""
+    """The record, described."""
     query, allowed = record.query, record.allowed
     mask = "none"
     if allowed is not None:
-        above = allowed.expand(*allowed.shape[:2], *record.lengths).triu(1)
         by_token = bool((allowed == allowed[:, :1, :1]).all())
-        mask = "tokens" if by_token else "pairs" if bool(above.any()) else "causal"
+        upper = allowed.expand(*allowed.shape[:2], *record.lengths).triu(1)
+        mask = "tokens" if by_token else "pairs" if bool(upper.any()) else "causal"
     return Captured(
         shape=(record.batch_size, record.heads, *record.lengths),
         dtype=str((record.scores if query is None else query).dtype).removeprefix("torch."),
@@ -126,16 +117,18 @@ def captured(record: CapturedAttention) -> Captured:
 @torch.no_grad()
 def losses(record: CapturedAttention, n_text: NText) -> list[LossRow]:
     """The losses under each convention in each direction, in nats."""
+    directions: tuple[Direction, ...] = ("language", "vision", "both")
     rows = []
-    for name, loss, convention in _LOSSES:
-        values: dict[str, float | None] = dict.fromkeys(_DIRECTIONS)
+    for loss, convention in _LOSSES:
+        values: dict[str, float | None] = dict.fromkeys(directions)
         why = ""
-        for direction in _DIRECTIONS:
+        for direction in directions:
             try:
-                values[direction] = loss(record, n_text, convention=convention, direction=direction).item()
+                nats = congruence_loss(loss, record, n_text, convention=convention, direction=direction)
+                values[direction] = nats.item()
             except ValueError as error:
                 why = why or str(error)
-        rows.append(LossRow(name, **values, why=why))
+        rows.append(LossRow(f"{LOSSES[loss].title}, {convention.upper()}", **values, why=why))
     return rows
 
 
@@ -145,16 +138,16 @@ class Step:
 
     model: nn.Module
     inputs: Inputs
-    layer: Candidate
+    layer: str
+    number: int  # of the layer's operations before the one that counts
     n_text: NText
     direction: Direction
 
     def _run(self) -> tuple[Any, Tensor]:
-        """The model's output, and the congruence loss."""
         # For analysis: a layer without gradient raises no error here, `gradient` reports it.
-        with capture_attention(self.model, self.layer.record.layer, analysis=True) as capture:
+        with capture_attention(self.model, self.layer, analysis=True) as capture:
             output = call(self.model, self.inputs)
-            record = capture.pop_all()[self.layer.number]
+            record = capture.pop_all()[self.number]
         return output, cacr_loss(record, self.n_text, direction=self.direction)
 
     def gradient(self) -> Gradient:
@@ -164,8 +157,9 @@ class Step:
             congruence.backward()
         parameters = {name: p for name, p in self.model.named_parameters() if p.numel()}
         sizes = {name: 0.0 if p.grad is None else p.grad.abs().max().item() for name, p in parameters.items()}
-        inside = [name for name in sizes if within(name, self.layer.record.layer)]
-        least = _NOISE * max((sizes[name] for name in inside), default=0.0)
+        inside = [name for name in sizes if within(name, self.layer)]
+        # The bias of keys only shifts rows: its gradient is a rounding error.
+        least = 1e-5 * max((sizes[name] for name in inside), default=0.0)
         frozen = [name for name in inside if not parameters[name].requires_grad]
         reached = [name for name in inside if sizes[name] > least]
         elsewhere = sum(size > 0 for name, size in sizes.items() if name not in inside)
@@ -175,8 +169,7 @@ class Step:
         return Gradient(reached, [name for name in inside if name not in reached + frozen], frozen, elsewhere)
 
     def _no_gradient(self, frozen: list[str]) -> TroubleFound:
-        """Why the loss trains nothing."""
-        layer = self.layer.record.layer or "the model"
+        layer = self.layer or "the model"
         module, checkpointed = self._gradients_off()
         if checkpointed:
             came = f"{module} runs under reentrant checkpointing, which drops the gradient of what is captured."
@@ -186,8 +179,8 @@ class Step:
             remedy = "remove the no_grad() around it, or choose an earlier layer with layers= (--layers)."
         elif frozen:
             came = f"the scores of {layer} get no gradient: {listing(frozen)} are frozen, as is all before them."
-            remedy = f"unfreeze the layer, model.get_submodule({self.layer.record.layer!r}).requires_grad_(True), or "
-            remedy += "train something before it (LoRA on its queries or keys is enough)."
+            remedy = f"unfreeze the layer, model.get_submodule({self.layer!r}).requires_grad_(True), or train "
+            remedy += "something before it (LoRA on its queries or keys is enough)."
         else:
             came = f"the gradient of the scores of {layer} reaches no parameter: the layer detaches its queries and "
             came += "keys, or the congruence loss of this batch has a gradient of exactly 0."
@@ -205,8 +198,8 @@ class Step:
 
         with ExitStack() as handles:
             for name, module in named_modules(self.model).items():
-                if within(self.layer.record.layer, name):
-                    handles.callback(module.register_forward_pre_hook(partial(check, name)).remove)
+                if within(self.layer, name):
+                    handles.enter_context(module.register_forward_pre_hook(partial(check, name)))
             call(self.model, self.inputs)
         return found[0] if found else ("", False)
 
@@ -219,7 +212,7 @@ class Step:
             seconds = {congruence: self._seconds(congruence) for congruence in order}
             if number >= 0:
                 ratios.append(seconds[True] / seconds[False])
-            if len(ratios) >= 3 and time.perf_counter() - start > _MAX_SECONDS:
+            if len(ratios) >= 3 and time.perf_counter() - start > 20.0:  # enough
                 break
         low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
         return Overhead(median, low, high, len(ratios))
@@ -228,21 +221,15 @@ class Step:
         synchronize = torch.cuda.synchronize if any(p.is_cuda for p in self.model.parameters()) else lambda: None
         synchronize()
         start = time.perf_counter()
-        output, loss = self._run() if congruence else (call(self.model, self.inputs), None)
-        main = _main_loss(output)
-        total = main if loss is None else loss if main is None else main + loss
-        if total is not None:
-            total.backward()
+        output, *losses = self._run() if congruence else (call(self.model, self.inputs),)
+        main = loss_in(output)
+        if main is not None and main.requires_grad:
+            losses.append(main)
+        else:  # a substitute that depends on the whole output
+            losses += [t.float().square().mean() for t in _tensors(output) if t.requires_grad and t.numel()]
+        if losses:
+            torch.autograd.backward(losses)
         synchronize()
         seconds = time.perf_counter() - start
         self.model.zero_grad()
         return seconds
-
-
-def _main_loss(output: Any) -> Tensor | None:
-    """The model's own loss, or a substitute that depends on its whole output; None where nothing has a gradient."""
-    loss = loss_in(output)
-    if loss is not None and loss.requires_grad:
-        return loss
-    parts = [t.float().square().mean() for t in _tensors(output) if t.requires_grad and t.numel()]
-    return torch.stack(parts).sum() if parts else None

@@ -9,9 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
-from attncongruence.training.outputs import loss_in
-
-_WIDTH, _KEY, _NAME = 96, 13, 54
+from attncongruence.training.term import loss_in
 
 
 class TroubleFound(Exception):
@@ -133,6 +131,11 @@ class Report:
         return not self.troubles
 
 
+def within(name: str, path: str) -> bool:
+    """Whether the module called `name` is the one called `path` or lies inside it."""
+    return not path or f"{name}.".startswith(f"{path}.")
+
+
 def kind_of(name: str) -> str:
     """A layer's name with `*` for its numbers: layers of one kind share it."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
@@ -147,8 +150,12 @@ def listing(items: Iterable[object], most: int = 6) -> str:
 def as_text(report: Report) -> str:
     """The report for a terminal: ASCII, narrower than 100 columns, without the parts that could not be examined."""
     size = "" if report.batch_size is None else f", a batch of {report.batch_size}"
-    parts = [f"{report.model}{size}, in training mode", _attention(report), _captured(report), _placed(report)]
-    parts += [_losses(report), _gradient(report), _model(report)]
+    parts = [f"{report.model}{size}, in training mode", _attention(report)]
+    parts.append(_captured(report.captured) if report.captured else "")
+    parts.append(_placed(report.placed) if report.placed else "")
+    parts.append(_losses(report.losses))
+    parts.append(_gradient(report.gradient, report.layer, report.direction) if report.gradient else "")
+    parts.append(_model(report))
     if report.snippet is not None:
         one_line = report.one_line or "# regularize adds to the loss that a model returns: this model returned none."
         parts += ["CODE FOR YOUR TRAINING LOOP", report.snippet, "OR, FOR A TRAINER THAT YOU CANNOT EDIT", one_line]
@@ -163,22 +170,23 @@ def as_text(report: Report) -> str:
 def _section(title: str, lines: list[tuple[str, str]], table: Iterable[str] = ()) -> str:
     """A title, the lines of a table, then keys with their values, those that have one; "" where nothing follows."""
     parts = [title.upper(), *table]
-    for key, value in ((key, value) for key, value in lines if value):
-        start = "  - " if key == "-" else f"  {key:<{_KEY}}"
-        parts.append(textwrap.fill(start + value, _WIDTH, subsequent_indent=" " * len(start), break_on_hyphens=False))
+    for key, value in lines:
+        start = "  - " if key == "-" else f"  {key:<13}"
+        if value:
+            parts.append(textwrap.fill(start + value, 96, subsequent_indent=" " * len(start), break_on_hyphens=False))
     return "\n".join(parts) if len(parts) > 1 else ""
 
 
 def _attention(report: Report) -> str:
-    """The attention operations in order; consecutive layers of one kind and size share a line."""
-    table = []
+    table, width = [], 54
+    # Consecutive layers of one kind and size share a line.
     for (kind, call), group in groupby(report.attention, key=lambda a: (kind_of(a.module), replace(a, module=""))):
         names = [one.module for one in group]
         name = (kind if len(names) > 1 else names[0]) or "the model itself"
-        name = name if len(name) <= _NAME else f"...{name[3 - _NAME :]}"
+        name = name if len(name) <= width else f"...{name[3 - width :]}"
         times = f"{len(names):>3} times" if len(names) > 1 else ""
         size = f"{call.kind:<5} {call.heads:>3} heads {call.queries:>5} x {call.keys:<5}"
-        table.append(f"  {name:<{_NAME}} {size} {times}".rstrip())
+        table.append(f"  {name:<{width}} {size} {times}".rstrip())
     layer, default = report.layer, report.default
     lines = [
         ("not seen", listing(f"{name} ({kind})" for name, kind in report.unseen.items())),
@@ -188,17 +196,14 @@ def _attention(report: Report) -> str:
     return _section("attention, queries x keys", lines, table)
 
 
-def _captured(report: Report) -> str:
-    if (found := report.captured) is None:
-        return ""
-    batch, heads, queries, keys = found.shape
+def _captured(found: Captured) -> str:
+    offers = "yes" if found.offers_query_key else "no, only scores: the model adds a bias to them, caps or shifts them"
+    dense = "no, only the dense form" + (": there is an attention mask" if found.offers_query_key else "")
     masks = {"tokens": "token mask (padding)", "causal": "attention mask, causal", "pairs": "attention mask"}
     hidden = f", {found.hidden:.0%} of all pairs hidden" if found.hidden else ""
-    dense = "no, only the dense form" + (": there is an attention mask" if found.offers_query_key else "")
-    offers = "yes" if found.offers_query_key else "no, only scores: the model adds a bias to them, caps or shifts them"
     shifted = "by each row's maximum: do not use PRINTED, which weighs with raw scores"
     lines = [
-        ("scores", f"batch {batch}, heads {heads}, queries {queries}, keys {keys}, from {found.dtype}"),
+        ("scores", "batch {}, heads {}, queries {}, keys {}, from {}".format(*found.shape, found.dtype)),
         ("q, k, scale", offers),
         ("streaming", "yes, impl='streaming' is possible" if found.streaming else dense),
         ("mask", masks.get(found.mask, "none") + hidden),
@@ -207,9 +212,7 @@ def _captured(report: Report) -> str:
     return _section("captured", lines)
 
 
-def _placed(report: Report) -> str:
-    if (placed := report.placed) is None:
-        return ""
+def _placed(placed: TokenPlaces) -> str:
     untested = "cannot be tested: with other pictures, no position of this kind of layer changes, or all do"
     lines = [
         ("from", f"A GUESS: {placed.how}" if placed.guessed else placed.how),
@@ -222,32 +225,30 @@ def _placed(report: Report) -> str:
     return _section("text and image", lines)
 
 
-def _losses(report: Report) -> str:
-    table = [f"  {'nats':<25}{'language':>12}{'vision':>12}{'both':>12}"] if report.losses else []
-    for row in report.losses:
+def _losses(rows: list[LossRow]) -> str:
+    table = [f"  {'nats':<25}{'language':>12}{'vision':>12}{'both':>12}"] if rows else []
+    for row in rows:
         values = ["-" if value is None else f"{value:.4g}" for value in (row.language, row.vision, row.both)]
         table.append(f"  {row.name:<25}" + "".join(f"{value:>12}" for value in values))
-    reasons = dict.fromkeys(row.why for row in report.losses if row.why)
+    reasons = dict.fromkeys(row.why for row in rows if row.why)
     return _section("loss", [("-", why) for why in reasons], table)
 
 
-def _gradient(report: Report) -> str:
-    if (found := report.gradient) is None:
-        return ""
+def _gradient(found: Gradient, layer: str | None, direction: str | None) -> str:
     groups = [("reached", found.reached), ("untouched", found.untouched), ("frozen", found.frozen)]
-    lines = [(key, listing([n.removeprefix(f"{report.layer}.") for n in names], 12)) for key, names in groups]
+    lines = [(key, listing([name.removeprefix(f"{layer}.") for name in names], 12)) for key, names in groups]
     lines.append(("elsewhere", f"{found.elsewhere} parameters of other modules"))
-    return _section(f"gradient of the loss alone, {report.direction}", lines)
+    return _section(f"gradient of the loss alone, {direction}", lines)
 
 
 def _model(report: Report) -> str:
-    overhead, outputs = "", {True: "bitwise unchanged by capture", False: "changed by capture", None: ""}
+    outputs = {True: "bitwise unchanged by capture", False: "changed by capture", None: ""}[report.unchanged]
+    overhead = ""
     if (cost := report.overhead) is not None:
         quartiles = f"{cost.lower_quartile:.2f} to {cost.upper_quartile:.2f}, {cost.rounds} rounds"
         overhead = f"a step takes {cost.median:.2f} times as long (quartiles {quartiles})"
     restored = "yes: modes, gradients, buffers; no hook is left" if report.restored else ""
-    lines = [("outputs", outputs[report.unchanged]), ("overhead", overhead), ("restored", restored)]
-    return _section("the model", lines)
+    return _section("the model", [("outputs", outputs), ("overhead", overhead), ("restored", restored)])
 
 
 def suggest_code(report: Report, names: list[str], inputs: Any, output: Any, code: str, layers: str) -> None:

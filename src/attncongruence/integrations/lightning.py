@@ -31,8 +31,8 @@ class CongruenceCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finds the regularizer, before a checkpoint is read."""
-        if stage == "fit" and self._regularizer is None:
-            self._regularizer = find_regularizer(pl_module)
+        if stage == "fit":
+            self._regularizer = self._regularizer or find_regularizer(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -18,9 +18,24 @@ from attncongruence.blocks import NText
 from attncongruence.capture import CapturedAttention
 from attncongruence.capture.session import AttentionCapture, Layers, unwrapped
 from attncongruence.capture.watch import uncompiled_hook
-from attncongruence.training.outputs import Batch, batch_of, describe, loss_in, share_of, with_loss
 from attncongruence.training.shim import ForwardShim, TrainingStepShim, optimizer_steps
-from attncongruence.training.term import CongruenceTerm, LossFunction, Positives
+from attncongruence.training.term import (
+    Batch,
+    CongruenceTerm,
+    LossFunction,
+    Positives,
+    batch_of,
+    describe,
+    loss_in,
+    share_of,
+    with_loss,
+)
+
+_EVAL_ONLY = "it ran in eval mode only: call model.train() before training"
+_NEVER_RAN = (
+    "its hooks never ran. If the loop calls a part of it, regularize that; if it was compiled and had run, call "
+    "regularize before the first compiled run; if a copy trains (another process, deepcopy), call regularize there"
+)
 
 
 def regularize(
@@ -43,8 +58,7 @@ def regularize(
     loss is scaled to match, so that accumulated micro-batches equal one large batch.
 
     Functions of the batch get a mapping: what the model was called with, by the names of its parameters. Those for
-    `positives` and `mask` are called with the batch alone, once for each forward pass: they describe samples, whatever
-    the layer.
+    `positives` and `mask` describe samples, so they get the batch alone, once for each forward pass.
 
     Args:
         model: returns its loss as `.loss`, `["loss"]`, the first of a tuple, or alone. Call `regularize` before its
@@ -121,9 +135,8 @@ class Regularizer:
         if not callable(weight):
             number("weight", weight)
             if not 0 <= weight < math.inf:
-                raise ValueError(
-                    f"weight={weight!r} must be >= 0 and finite, or a schedule such as exponential_warmup(5000)"
-                )
+                allowed = "must be >= 0 and finite, or a schedule such as exponential_warmup(5000)"
+                raise ValueError(f"weight={weight!r} {allowed}")
         self.model = unwrapped(model)
         self._term, self._weight = term, weight
         if any(str(other._term.loss) == str(term.loss) for other in _open_on({self.model})):
@@ -160,16 +173,10 @@ class Regularizer:
         if not any(id(parameter) in trained for parameter in self.model.parameters()):
             return
         if not self._ran:
-            cause = (
-                "it ran in eval mode only: call model.train() before training"
-                if self._ran_in_eval
-                else "its hooks never ran. If the loop calls a part of it, regularize that; if it was compiled and had "
-                "run, call regularize before the first compiled run; if a copy trains (another process, deepcopy), "
-                "call regularize there"
-            )
             raise RuntimeError(
                 f"an optimizer took a step on the parameters of {type(self.model).__name__}, which is regularized, but "
-                f"nothing was ever added to its loss: {cause}. If this is intended, close() the regularizer."
+                f"nothing was ever added to its loss: {_EVAL_ONLY if self._ran_in_eval else _NEVER_RAN}. If this is "
+                "intended, close() the regularizer."
             )
         self.count_step()
         if not self._checked_resume:

@@ -1,7 +1,7 @@
 """Schedules for the weight of the loss: each is a function of the optimizer step.
 
-Source: `utils/training_signal_annealing.py`, which is in both released codes and has all three shapes, with scale 5.
-Both train with the exponential one; CACR's released configuration sets T = 5000.
+Source: `utils/training_signal_annealing.py` in both released codes: all three shapes, with scale 5. Both train with the
+exponential one; CACR's released configuration sets T = 5000.
 """
 
 from __future__ import annotations
@@ -44,10 +44,8 @@ class Schedule:
         number("total_steps", self.total_steps)
         number("scale", self.scale)
         if not 1 <= self.total_steps < math.inf:
-            raise ValueError(
-                f"total_steps={self.total_steps} must be >= 1 and finite: "
-                "the number of steps over which the weight rises"
-            )
+            over = "the number of steps over which the weight rises"
+            raise ValueError(f"total_steps={self.total_steps} must be >= 1 and finite: {over}")
         if not 0 < self.scale < math.inf:
             raise ValueError(f"scale={self.scale} must be > 0 and finite")
 

@@ -77,7 +77,7 @@ class TrainingStepShim(Shim):
 class OptimizerSteps:
     """Calls `listener.on_optimizer_step(optimizer)` after each step of any torch optimizer.
 
-    Listeners are held weakly. They share one hook: torch iterates over its hooks without a copy, so a hook that the
+    Listeners are held weakly and share one hook: torch iterates over its hooks without a copy, so a hook that the
     garbage collector removes during a step would raise an error there.
     """
 

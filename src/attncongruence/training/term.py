@@ -1,12 +1,14 @@
-"""The congruence loss of one batch: the mean over its captured layers, for the samples that count."""
+"""One batch of a training step: its entries by name, its congruence loss, its weight in the step, the model's loss."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import inspect
 import numbers
+import sys
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -15,20 +17,46 @@ from torch import Tensor
 from attncongruence.blocks import NText
 from attncongruence.capture import CapturedAttention
 from attncongruence.layout import TokenLayout
-from attncongruence.training.outputs import Batch
 
+Batch = Mapping[str, Any]
+"""What a model was called with, by the names of its parameters."""
+NTextOrFunction = NText | Callable[[Batch, CapturedAttention], NText]
 LossFunction = Callable[..., Tensor]
 """Called as `loss(captured, n_text)` or `loss(captured, n_text, mask=mask)`; returns one number."""
 Positives = Tensor | Sequence[int] | Sequence[bool]
 """Indices of samples, or a mask that is True at the samples that count."""
 
 
-@dataclass(frozen=True)
+def batch_of(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch:
+    """The arguments of a call by the names of the function's parameters, for `model(**batch)` and for `model(batch)`.
+
+    Example:
+        >>> batch_of(lambda ids, labels=None, **rest: None, (1,), {"labels": 2, "mask": 3})
+        {'ids': 1, 'labels': 2, 'mask': 3}
+    """
+    named: dict[str, Any] = {}
+    for value in args:
+        if isinstance(value, Mapping):
+            named.update(value)
+    try:
+        signature = inspect.signature(function)
+        bound = signature.bind_partial(*args, **kwargs).arguments
+    except (TypeError, ValueError):  # no signature, or one that a wrapper hides
+        return {**named, **kwargs}
+    for name, value in bound.items():
+        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(value)
+        else:
+            named[name] = value
+    return named
+
+
+@dataclasses.dataclass(frozen=True)
 class CongruenceTerm:
     """The congruence loss as a function of a batch and its captured layers; arguments as in `regularize`."""
 
     loss: LossFunction
-    n_text: NText | Callable[[Batch, CapturedAttention], NText]
+    n_text: NTextOrFunction
     positives: Positives | Callable[[Batch], Positives] | None
     mask: str | Callable[[Batch], Tensor] | None
 
@@ -74,9 +102,8 @@ class CongruenceTerm:
                 mask = mask[selected]
         loss = self.loss(captured, n_text) if mask is None else self.loss(captured, n_text, mask=mask)
         if loss.ndim:
-            raise ValueError(
-                f"the loss has shape {tuple(loss.shape)}: it must be one number, as reduction='mean' gives"
-            )
+            shape = tuple(loss.shape)
+            raise ValueError(f"the loss has shape {shape}: it must be one number, as reduction='mean' gives")
         return loss
 
 
@@ -90,7 +117,6 @@ def _call(name: str, function: Callable[..., Any], batch: Batch, *captured: Capt
 
 
 def _takes_two(function: Callable[..., Any]) -> bool:
-    """Whether a function can be called with two positional arguments; True if its signature is not known."""
     try:
         inspect.signature(function).bind(None, None)
     except TypeError:
@@ -102,9 +128,8 @@ def _takes_two(function: Callable[..., Any]) -> bool:
 
 def _check_n_text(came: str, n_text: object) -> None:
     if not isinstance(n_text, numbers.Integral | Tensor | TokenLayout):
-        raise ValueError(
-            f"{came} a {type(n_text).__name__}: it must be an int, a (batch,) integer tensor or a TokenLayout"
-        )
+        kind = type(n_text).__name__
+        raise ValueError(f"{came} a {kind}: it must be an int, a (batch,) integer tensor or a TokenLayout")
 
 
 def _warn_if_empty(n_text: int | Tensor | TokenLayout, captured: CapturedAttention) -> None:
@@ -148,3 +173,84 @@ def _select(positives: Positives, batch_size: int, device: torch.device) -> Tens
             "each. If 1 means matched and 0 not, make it a mask: positives == 1"
         )
     return selected.long()
+
+
+def share_of(batch: Batch, micro_batches: int | None) -> float | Tensor:
+    """This micro-batch's weight in the optimizer step: the weighted means of all micro-batches sum to the step's mean.
+
+    transformers' `Trainer` passes `num_items_in_batch`, the number of labels in the whole step on all processes, to
+    models that take it. They divide the sum of their losses by it, and `Trainer` does not divide by the number of
+    micro-batches.
+    """
+    items, labels = batch.get("num_items_in_batch"), batch.get("labels")
+    if items is None:  # the loop divides the loss
+        return 1.0
+    if isinstance(labels, Tensor) and (labels.ndim == 1 or labels.is_floating_point()):
+        # Each sample has equally many labels: labels here / labels in the step. Trainer does not count -100.
+        return labels.ne(-100).sum() / torch.as_tensor(items, device=labels.device)
+    if micro_batches is not None:
+        return 1 / micro_batches
+    # This micro-batch is the whole step. Comparing the labels costs one device synchronization.
+    if _steps_after_this_batch() and int(items) in _label_counts(batch):
+        return 1.0
+    raise RuntimeError(
+        "num_items_in_batch came, and the labels do not tell how many micro-batches share the optimizer step. With "
+        "transformers' Trainer, add attncongruence.integrations.huggingface.CongruenceCallback() to its callbacks; in "
+        "your own loop, set regularizer.micro_batches to their number, over all processes."
+    )
+
+
+def _steps_after_this_batch() -> bool:
+    """Whether Accelerate is in use, in one process, and the optimizer will step after this micro-batch."""
+    state = sys.modules.get("accelerate.state")
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if state is None or not state.is_initialized() or (distributed and torch.distributed.get_world_size() > 1):
+        return False
+    return bool(state.GradientState().sync_gradients)
+
+
+def _label_counts(batch: Batch) -> list[int]:
+    """The number of labels, as Trainer may count them: all, or without the first one for a causal model."""
+    labels = [batch[name] for name in ("labels", "shift_labels") if isinstance(batch.get(name), Tensor)]
+    return [int(x.ne(-100).sum()) for label in labels for x in (label, label[..., 1:])]
+
+
+def loss_in(output: Any) -> Tensor | None:
+    """The loss in a model's output: `.loss`, `["loss"]`, the first of a tuple, or the output itself; None: no loss."""
+    loss = output
+    if isinstance(output, Mapping):
+        loss = output.get("loss")
+    elif hasattr(output, "loss"):
+        loss = output.loss
+    elif isinstance(output, tuple | list):
+        loss = output[0] if output else None
+    return loss if isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point() else None
+
+
+def with_loss(output: Any, loss: Tensor) -> Any:
+    """A copy of a model's output with another loss."""
+    if isinstance(output, Tensor):
+        return loss
+    if isinstance(output, MutableMapping):
+        mapping = copy.copy(output)
+        mapping["loss"] = loss
+        return mapping
+    if hasattr(output, "loss"):
+        if hasattr(output, "_replace"):
+            return output._replace(loss=loss)
+        if dataclasses.is_dataclass(output) and not isinstance(output, type):
+            return dataclasses.replace(output, loss=loss)
+        changed = copy.copy(output)
+        changed.loss = loss
+        return changed
+    rest = [loss, *output[1:]]
+    return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
+
+
+def describe(output: Any) -> str:
+    """An output in a few words, for an error message."""
+    if isinstance(output, Mapping):
+        return f"{type(output).__name__} with {', '.join(map(str, output)) or 'nothing'}"
+    if isinstance(output, Tensor):
+        return f"a tensor of shape {tuple(output.shape)}"
+    return "None" if output is None else f"a {type(output).__name__}"

@@ -22,15 +22,12 @@ from attncongruence._typing import Count, CrossBlock, checked, one_of
 from attncongruence.blocks import Attention, NText
 from attncongruence.layout import Mask
 from attncongruence.maps import entries
-from attncongruence.viz.draw import HATCH, Array, Labels, mean_map, one_sample, sample_and_head
+from attncongruence.viz.matrices import HATCH, Array, Labels, mean_map, one_sample, sample_and_head
 
-BEST, NEXT = "#1a9641", "#d7191c"
-"""The paper's green and red."""
+BEST, NEXT = "#1a9641", "#d7191c"  # the paper's green and red
+# From transparent to purple, a color that is rare in images.
 SHADE = LinearSegmentedColormap.from_list("shade", [(0.33, 0.15, 0.56, 0.0), (0.33, 0.15, 0.56, 0.85)])
-"""From transparent to purple, a color that is rare in images."""
-LINES = 20
-"""Of a legend, in one column."""
-TAG: dict[str, Any] = {"textcoords": "offset points", "va": "top", "fontsize": "small", "fontweight": "bold"}
+LINES = 20  # of a legend, in one column
 
 
 @torch.no_grad()
@@ -214,7 +211,7 @@ def _text_by_image(block: CrossBlock, *attention: Any) -> tuple[Array, int]:
 
 
 def _best_first(looks: Array) -> list[int]:
-    """The places of finite values in descending order, equal ones in their own."""
+    """Where the finite values are, in descending order; equal ones in their own order."""
     return [int(k) for k in np.argsort(-looks, kind="stable") if np.isfinite(looks[k])]
 
 
@@ -244,9 +241,9 @@ def _outline(axes: Axes, box: Array, tag: str, rank: int, color: Any, **style: A
     outline = Rectangle((left, upper), right - left, lower - upper, fill=False, edgecolor=color, **style)
     axes.add_patch(outline).set(path_effects=around, zorder=10 - behind)
     patch = {"boxstyle": "round,pad=0.2", "facecolor": color, "edgecolor": "white", "linewidth": 0.8}
-    text = axes.annotate(tag, (left, upper), (3, -3), bbox=patch, zorder=20 - behind, **TAG)
+    text = axes.annotate(tag, (left, upper), (3, -3), "data", "offset points", bbox=patch, zorder=20 - behind)
     light = np.dot(to_rgb(color), (0.3, 0.59, 0.11)) > 0.6
-    text.set(color="black" if light else "white", parse_math=False)
+    text.set(color="black" if light else "white", parse_math=False, va="top", fontsize="small", fontweight="bold")
 
 
 def _separate_labels(axes: Axes) -> None:
