@@ -185,6 +185,13 @@ def test_threads_have_their_own_modes_and_all_records_arrive(model, x):
         assert sum(torch.allclose(record.scores, scores, atol=1e-5) for scores in expected) == 1
 
 
+def test_analysis_without_gradients_does_not_blame_them():
+    with capture_attention(torch.nn.Linear(4, 4), "", analysis=True) as capture, torch.no_grad():
+        capture.model(torch.ones(2, 4))
+        with pytest.raises(RuntimeError, match="No softmax over a product of queries and keys was seen"):
+            capture.pop()
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_validation_pushes_no_mode_and_records_nothing(model, x, context):
     modes = []

@@ -5,11 +5,11 @@ import sys
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 from attncongruence.capture import CapturedAttention
 from attncongruence.capture import record as module
 from attncongruence.capture.product import FLOOR, Operation
+from tests.helpers.problems import Synchronizations
 from tests.helpers.single_head import ByHand, Fused, record
 
 
@@ -80,37 +80,23 @@ def test_scores_that_were_first_seen_under_no_grad_still_train():
     assert torch.autograd.grad(scores.square().sum(), model.query.weight)[0].abs().max() > 0
 
 
-class Synchronizations(TorchFunctionMode):
-    """Counts the functions of a tensor that make the host wait for its values."""
-
-    NAMES = ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "nonzero", "cpu", "numpy", "equal")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.count += getattr(func, "__name__", "") in self.NAMES
-        return func(*args, **(kwargs or {}))
-
-
 TOKENS = torch.tensor([0.0, 0.0, -1e9]).expand(2, 1, 3, 3)
 PAIRS = torch.zeros(3, 3).masked_fill(torch.ones(3, 3).triu(1).bool(), -torch.inf)
 
 
 @pytest.mark.parametrize(
-    ("masks", "causal", "logits", "expected", "pairs"),
+    ("masks", "causal", "logits", "expected"),
     [
-        ((), False, False, 0, False),
-        ((), True, False, 0, True),
-        ((TOKENS == 0,), False, False, 0, None),
-        ((TOKENS == 0,), True, False, 0, True),
-        ((TOKENS,), False, False, 1, None),
-        ((TOKENS, PAIRS, TOKENS == 0), True, False, 1, True),
-        ((TOKENS, PAIRS), False, True, 1, None),
+        ((), False, False, 0),
+        ((), True, False, 0),
+        ((TOKENS == 0,), False, False, 0),
+        ((TOKENS == 0,), True, False, 0),
+        ((TOKENS,), False, False, 1),
+        ((TOKENS, PAIRS, TOKENS == 0), True, False, 1),
+        ((TOKENS, PAIRS), False, True, 1),
     ],
 )
-def test_all_float_masks_together_cost_one_synchronization(masks, causal, logits, expected, pairs):
+def test_all_float_masks_together_cost_one_synchronization(masks, causal, logits, expected):
     q = torch.randn(2, 1, 3, 4, requires_grad=True)
     masks = tuple((mask, 1.0) for mask in masks)
     made = Operation(query=q, key=q, masks=masks, causal=causal)
@@ -118,7 +104,6 @@ def test_all_float_masks_together_cost_one_synchronization(masks, causal, logits
         made = Operation(query=q, key=q, masks=masks, logits=CapturedAttention("attention", made).scores)
     captured = CapturedAttention("attention", made)
     with Synchronizations() as seen:
-        assert captured.masks_pairs is pairs
         scores, allowed, probs = captured.scores, captured.allowed, captured.probs
         captured[[1]].scores.sum().backward()
         assert seen.count == 0
@@ -129,12 +114,6 @@ def test_all_float_masks_together_cost_one_synchronization(masks, causal, logits
     assert seen.count == expected
     assert (allowed is None) == (not masks and not causal)
     torch.testing.assert_close(probs, scores.softmax(-1))
-
-
-def test_a_layer_with_no_queries_tells_no_mask_of_pairs():
-    assert CapturedAttention("attention", Operation(logits=torch.zeros(1, 1, 2, 2))).masks_pairs is None
-    q = torch.ones(1, 1, 1, 1)
-    assert CapturedAttention("attention", Operation(query=q, key=q, causal=True)).masks_pairs is False
 
 
 @pytest.mark.parametrize("model", [Fused(), ByHand()])

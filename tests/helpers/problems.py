@@ -146,7 +146,7 @@ def assert_close(a: Tensor, b: Tensor, tolerance: float) -> None:
 class Synchronizations(TorchFunctionMode):
     """Counts what makes the host wait for a device: reading values of tensors."""
 
-    READS = ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "nonzero", "cpu", "numpy")
+    READS = ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "nonzero", "cpu", "numpy", "equal")
 
     def __init__(self) -> None:
         super().__init__()

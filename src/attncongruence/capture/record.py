@@ -98,17 +98,6 @@ class CapturedAttention(ScoreSource):
         return allowed
 
     @property
-    def masks_pairs(self) -> bool | None:
-        """Whether the layer has an attention mask, and not only a token mask, told without a synchronization.
-
-        True for causal attention, False where nothing is masked, None where only the values of the masks tell.
-        """
-        operation = self._operation
-        if operation.causal and min(self.lengths) > 1:
-            return True
-        return None if operation.masks or operation.query is None else False
-
-    @property
     def probs(self) -> Tensor:
         """`softmax(scores)`, what the model used before dropout; all zero in rows where nothing is allowed."""
         scores, allowed = self.scores, self.allowed

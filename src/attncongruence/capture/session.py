@@ -263,7 +263,7 @@ class AttentionCapture:
                 "(model.forward(...) called directly, TorchScript). Call model(...), or name a layer inside the part "
                 f"that runs: {find.candidates(self.model)}."
             )
-        if self._ran == {False} or any(False in ran for ran in layers_ran):
+        if not self.analysis and (self._ran == {False} or any(False in ran for ran in layers_ran)):
             return (
                 f"the layer ran with gradients off. In training: {_REENTRANT}, or inside a no_grad() block of the "
                 "model. In validation, or for analysis: capture_attention(..., analysis=True)."
