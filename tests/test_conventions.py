@@ -4,7 +4,7 @@ from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 
-from attncongruence import PRINTED, RELEASED, WEIGHTED_MEAN, Convention
+from attncongruence import CONVENTIONS, PRINTED, RELEASED, WEIGHTED_MEAN, Convention
 
 
 def test_the_table():
@@ -42,3 +42,10 @@ def test_is_a_value():
 def test_rejects(change, message):
     with pytest.raises(ValueError, match=message):
         replace(RELEASED, **change)
+
+
+def test_a_convention_prints_as_its_name_or_as_what_makes_it():
+    assert [repr(c) for c in CONVENTIONS.values()] == ["RELEASED", "PRINTED", "WEIGHTED_MEAN"]
+    own = replace(WEIGHTED_MEAN, temperature=0.1)
+    assert eval(repr(own), {"Convention": Convention}) == own
+    assert repr(replace(RELEASED, rows="sum")) == "Convention(rows='sum')"

@@ -11,7 +11,10 @@ from attncongruence import (
     AttentionBlocks,
     CACRLoss,
     QueryKey,
+    ScoreSource,
     TokenLayout,
+    argmax_entropy,
+    attention_distance,
     cacr_loss,
     capture_attention,
     regularize,
@@ -19,7 +22,7 @@ from attncongruence import (
 )
 from attncongruence._typing import REMEDIES
 from tests.helpers.models import Tiny
-from tests.helpers.problems import randn
+from tests.helpers.problems import assert_close, randn
 
 S, zeros = randn(2, 4, 9, 9), torch.zeros
 STREAMS = {"LL": zeros(1, 6, 6), "LV": zeros(1, 6, 8), "VL": zeros(1, 8, 6), "VV": zeros(1, 8, 8)}
@@ -141,3 +144,74 @@ def test_a_wrong_layout_of_a_decoder_is_named_as_a_cause():
         ValueError, match=r"no pair of LV may attend.* n_text or the layout is wrong: where does the image"
     ):
         cacr_loss(S, 5, mask=causal, direction="language")
+
+
+class Given(ScoreSource):
+    """A source of whatever it is given."""
+
+    def __init__(self, scores, allowed=None):
+        self._given = scores, allowed
+
+    @property
+    def scores(self):
+        return self._given[0]
+
+    @property
+    def allowed(self):
+        return self._given[1]
+
+
+ADDITIVE = torch.zeros(2, 1, 1, 9)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (Given(S, ADDITIVE), r"Given\.allowed is torch.float32 of shape \(2, 1, 1, 9\): .*mask > -5000"),
+        (Given(S, [True]), r"Given\.allowed is a list: it must be None or bool"),
+        (Given(S.long()), r"Given\.scores is torch.int64 of shape \(2, 4, 9, 9\): it must be floating point"),
+        (Given(S[0, 0]), r"Given\.scores is torch.float64 of shape \(9, 9\)"),
+        (Given(S.numpy()), r"Given\.scores is a ndarray"),
+    ],
+)
+def test_a_source_of_something_else_is_refused(source, message):
+    for loss in (cacr_loss, attention_distance, argmax_entropy):
+        with pytest.raises(ValueError, match=message):
+            loss(source, 5)
+
+
+def test_a_source_without_its_properties_is_refused():
+    class Empty(ScoreSource):
+        pass
+
+    with pytest.raises(NotImplementedError, match="Empty has no scores: write them as a property"):
+        cacr_loss(Empty(), 5)
+
+
+def test_a_source_of_ones_own_is_as_good_as_its_scores():
+    pairs = torch.ones(1, 1, 9, 9, dtype=torch.bool)
+    pairs[..., 7] = False
+    for convention in ("released", "printed", "weighted_mean"):
+        own = cacr_loss(Given(S, pairs), 5, convention=convention)
+        assert_close(own, cacr_loss(S, 5, mask=pairs, convention=convention), 0)
+
+
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        (
+            BaseModelOutput(last_hidden_state=zeros(2, 9, 4)),
+            r"^attention is .{,63}; expected Float.*: scores are square",
+        ),
+        (capture_attention(torch.nn.MultiheadAttention(4, 1)), r"Of a capture, pass capture\.pop\(\)\.$"),
+    ],
+)
+def test_what_people_pass_for_scores(attention, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        cacr_loss(attention, 5)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_additive_mask_is_told_how_to_become_bool():
+    with pytest.raises(ValueError, match=r"mask is f32\[2,9\]; expected .*of an additive mask, pass mask > -5000"):
+        cacr_loss(S, 5, mask=torch.zeros(2, 9))

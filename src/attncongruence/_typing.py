@@ -49,10 +49,12 @@ _BLOCKS = (
     "VV (.., image, image)."
 )
 REMEDIES = {
-    "attention": _SQUARE,
+    "attention": f"{_SQUARE} Of a capture, pass capture.pop().",
     "S": _SQUARE,
-    "mask": "a mask covers the joint sequence of text and image, (batch, length), bool or integer. For a mask of "
-    "the text alone, pass a layout: n_text=TokenLayout.from_segments(text_mask, image_mask).",
+    "mask": "a mask is bool or integer and covers the joint sequence of text and image, (batch, length); of an "
+    "additive mask, pass mask > -5000. For a mask of the text alone, pass a layout: "
+    "n_text=TokenLayout.from_segments(text_mask, image_mask).",
+    "n_text": "pass an int, a (batch,) integer tensor or a TokenLayout.",
     **dict.fromkeys(("text", "image"), _ROLES),
     **dict.fromkeys(("LL", "LV", "VL", "VV"), _BLOCKS),
 }
@@ -93,11 +95,12 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
 
 def _one_line(error: str) -> str:
     """Which argument, what came, what was expected, what to do: from the report of jaxtyping."""
-    found = re.search(r"parameter '(\w+)'.\nActual value: (.*)\nExpected type: (.*?)\.?\n", error)
+    found = re.search(r"parameter '(\w+)'.\nActual value: (.*?)\nExpected type: (.*?)\.?\n-", error, re.DOTALL)
     if found is None:
         return " ".join(error.split())
-    name, came, expected = found.groups()
-    others = re.findall(r"'(\w+)': (\w+\[[\d,]*\])\(torch\)", error)
+    name, came, expected = (" ".join(part.split()) for part in found.groups())
+    came = came if len(came) < 80 else f"{came[:60]}..."
+    others = re.findall(r"\n  '(\w+)': (\w+\[[\d,]*\])\(torch\)", error)
     beside = ", ".join(f"{other} {shape}" for other, shape in others if other != name)
     expected = re.sub(r"\b(jaxtyping|attncongruence(\.\w+)*)\.", "", expected)
     expected = re.sub(r"<class '(.*)'>", r"\1", expected)

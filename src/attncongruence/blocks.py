@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attncongruence._typing import REMEDIES, Count, checked, readable, same_device
 from attncongruence.layout import Mask, Span, TokenLayout, as_layout, as_pairs, boundary_error, check_mask, joined
-from attncongruence.sources import Source
+from attncongruence.sources import Source, wrong_allowed
 
 T = TypeVar("T")
 Places = tuple[Span, Span] | tuple[Tensor, Tensor]
@@ -191,7 +191,10 @@ def locate(
     if n_text is None:
         raise ValueError("n_text is missing: pass the number of text tokens (int or tensor) or a TokenLayout")
     allowed = None if source is None else source.allowed
-    mask = mask if allowed is None else joined(allowed, mask)
+    if allowed is not None:
+        if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool:
+            raise wrong_allowed(source, allowed)  # type: ignore[arg-type]
+        mask = joined(allowed, mask)
     shape = x.shape
     batch, heads, length = shape[0], shape[1] if len(shape) == 4 else 0, shape[-1]
     if shape[-2] != length:

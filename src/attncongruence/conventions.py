@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, TypeAlias, get_args
 
 from attncongruence._typing import number, one_of
@@ -70,6 +70,14 @@ class Convention:
             raise ValueError(
                 "blocks='scores' needs target_softmax=True and iais_target_softmax=True: raw scores are no distribution"
             )
+
+    def __repr__(self) -> str:
+        """The name, or the fields in which it differs from `RELEASED`."""
+        for name, convention in CONVENTIONS.items():
+            if self == convention:
+                return name.upper()
+        own = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return f"Convention({', '.join(own)})"
 
 
 RELEASED = Convention()

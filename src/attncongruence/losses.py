@@ -14,19 +14,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attncongruence._typing import Alignment, Direction, Impl, Reduction, checked, no_autocast, one_of
-from attncongruence.blocks import Attention, AttentionBlocks, Located, NText, cut, locate
+from attncongruence.blocks import Attention, AttentionBlocks, NText
 from attncongruence.conventions import RELEASED, Convention, ConventionLike, as_convention
 from attncongruence.divergence import distributed_kl, m_kl
 from attncongruence.layout import Mask
 from attncongruence.maps import (
-    REMEDY,
     Maps,
-    check_seen,
     equivalence,
     fill,
     log_attention_map,
+    project,
     project_singular,
     project_weighted,
+    read_blocks,
     sides,
     zero_losses,
 )
@@ -183,7 +183,7 @@ def cacr(maps: Maps, convention: Convention) -> Comparison:
         R, counted = project_weighted(E, maps.VV, maps.counted)
     else:
         # R = E VV E^T
-        R, counted = E @ maps.VV @ E.mT, maps.counted.LL
+        R, counted = project(E, maps.VV), maps.counted.LL
     LL = maps.LL if convention.target_softmax else log_attention_map(maps.scores, maps.mask, convention)
     # m-KL(sigma(R), sigma(LL))
     return Comparison(R, LL, counted, m_kl(R, LL, counted))
@@ -263,7 +263,7 @@ def evaluate(
         text, image = where.text, where.image
         losses = per_sample(attention, where, loss.streaming, convention, direction)
     else:
-        blocks = read_blocks(attention, n_text, mask, where, loss, convention, direction)
+        blocks = read_blocks(attention, n_text, mask, where, loss.needs, convention, direction)
         text, image = blocks.text_mask, blocks.image_mask
         losses = _dense(loss, blocks, convention, direction)
     if reduction == "none":
@@ -287,49 +287,6 @@ def check_options(
             "such as RELEASED, or another loss"
         )
     return convention
-
-
-def read_blocks(
-    attention: Attention,
-    n_text: NText | None,
-    mask: Tensor | None,
-    where: Located | None = None,
-    loss: CongruenceLoss | None = None,
-    convention: Convention = RELEASED,
-    direction: str = "both",
-) -> AttentionBlocks:
-    """The 4-D blocks of what a function was given; a ValueError where the loss, if any, is not defined."""
-    if isinstance(attention, AttentionBlocks):
-        if n_text is not None or mask is not None:
-            raise ValueError("AttentionBlocks carry their own boundary and masks: leave n_text and mask out")
-        blocks = attention if attention.LL.dim() == 4 else attention.with_heads()
-    else:
-        S, source = (attention, None) if isinstance(attention, Tensor) else (attention.scores, attention)
-        where = locate(S, n_text, mask, source) if where is None else where
-        blocks = cut(S if S.dim() == 4 else S[:, None], where)
-    if loss is None:
-        return blocks
-    cross = set(loss.needs) if direction == "language" else set(map(_SWAPPED.__getitem__, loss.needs))
-    if direction == "both":
-        cross |= set(loss.needs)
-    heads = []
-    for name in ("LL", "VV", *sorted(cross)):
-        block = getattr(blocks, name)
-        if block is None:
-            raise ValueError(f"these blocks have no {name}, which this loss and direction need: {REMEDY[name]}")
-        heads.append(block.shape[1])
-    if 0 in heads:
-        raise ValueError("the attention has 0 heads, and a loss is a mean over at least one")
-    if convention.heads == "mean_loss" and min(heads) < max(heads):
-        raise ValueError(
-            f"the blocks have different numbers of heads, {sorted(set(heads))}: use a convention with heads='mean_map'"
-        )
-    if blocks.allowed is not None:
-        check_seen(blocks, cross)
-    return blocks
-
-
-_SWAPPED = {"LV": "VL", "VL": "LV"}
 
 
 def _dense(loss: CongruenceLoss, blocks: AttentionBlocks, convention: Convention, direction: str) -> Tensor:

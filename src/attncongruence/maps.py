@@ -1,4 +1,4 @@
-"""From blocks to maps, E, and the projection E VV E^T. `docs/mathematics.md`, "A change of basis".
+"""From what a loss is given to maps, E, and the projection E VV E^T: `docs/mathematics.md`, "A change of basis".
 
 Everything here is written for the language side. The vision side is the same with L and V exchanged.
 """
@@ -12,8 +12,20 @@ import torch
 from torch import Tensor
 
 from attncongruence._typing import at_least_float32, readable
-from attncongruence.blocks import AttentionBlocks, Quadrants, both_modalities, outer, which_see
-from attncongruence.conventions import Convention
+from attncongruence.blocks import (
+    Attention,
+    AttentionBlocks,
+    Located,
+    NText,
+    Quadrants,
+    both_modalities,
+    cut,
+    locate,
+    outer,
+    which_see,
+)
+from attncongruence.conventions import RELEASED, Convention
+from attncongruence.sources import wrong_scores
 
 Masks = Quadrants[Tensor | None]
 
@@ -76,7 +88,58 @@ def entries(blocks: AttentionBlocks) -> Masks:
     return Quadrants(*(mask & pairs for mask, pairs in zip(masks, blocks.allowed, strict=True)))
 
 
-def check_seen(blocks: AttentionBlocks, cross: set[str]) -> None:
+def read_blocks(
+    attention: Attention,
+    n_text: NText | None,
+    mask: Tensor | None,
+    where: Located | None = None,
+    needs: tuple[str, ...] | None = None,
+    convention: Convention = RELEASED,
+    direction: str = "both",
+) -> AttentionBlocks:
+    """The 4-D blocks of what a function was given; a ValueError where a loss that needs certain blocks is not defined.
+
+    Args:
+        attention: and `n_text`, `mask`, `convention`, `direction`: as in `cacr_loss`.
+        where: the positions, if they were read before.
+        needs: the cross-modal blocks of the loss's language side; None: no loss, nothing is checked.
+    """
+    if isinstance(attention, AttentionBlocks):
+        if n_text is not None or mask is not None:
+            raise ValueError("AttentionBlocks carry their own boundary and masks: leave n_text and mask out")
+        blocks = attention if attention.LL.dim() == 4 else attention.with_heads()
+    else:
+        S, source = (attention, None) if isinstance(attention, Tensor) else (attention.scores, attention)
+        if source is not None and not (isinstance(S, Tensor) and S.dim() in (3, 4) and S.is_floating_point()):
+            raise wrong_scores(source, S)
+        where = locate(S, n_text, mask, source) if where is None else where
+        blocks = cut(S if S.dim() == 4 else S[:, None], where)
+    if needs is None:
+        return blocks
+    cross = set(needs) if direction == "language" else set(map(_SWAPPED.__getitem__, needs))
+    if direction == "both":
+        cross |= set(needs)
+    heads = []
+    for name in ("LL", "VV", *sorted(cross)):
+        block = getattr(blocks, name)
+        if block is None:
+            raise ValueError(f"these blocks have no {name}, which this loss and direction need: {_REMEDY[name]}")
+        heads.append(block.shape[1])
+    if 0 in heads:
+        raise ValueError("the attention has 0 heads, and a loss is a mean over at least one")
+    if convention.heads == "mean_loss" and min(heads) < max(heads):
+        raise ValueError(
+            f"the blocks have different numbers of heads, {sorted(set(heads))}: use a convention with heads='mean_map'"
+        )
+    if blocks.allowed is not None:
+        _check_seen(blocks, cross)
+    return blocks
+
+
+_SWAPPED = {"LV": "VL", "VL": "LV"}
+
+
+def _check_seen(blocks: AttentionBlocks, cross: set[str]) -> None:
     """A ValueError where the model's mask hides a whole block, as that of a causal decoder does."""
     assert blocks.allowed is not None
     sees = blocks._sees
@@ -86,12 +149,12 @@ def check_seen(blocks: AttentionBlocks, cross: set[str]) -> None:
     for name, seen in zip(("LV", "VL"), sees or (True, True), strict=True):
         if name in cross and not seen:
             raise ValueError(
-                f"no pair of {name} may attend, as in causal decoders: {REMEDY[name]}. If that is not so in this "
+                f"no pair of {name} may attend, as in causal decoders: {_REMEDY[name]}. If that is not so in this "
                 "model, n_text or the layout is wrong: where does the image stand?"
             )
 
 
-REMEDY = {
+_REMEDY = {
     "LV": "text tokens must see image tokens; direction='vision' of cacr_loss or of singular alignment does without",
     "VL": "image tokens must see text tokens; direction='language' of cacr_loss or of singular alignment does without",
 }
@@ -161,8 +224,7 @@ def project_weighted(E: Tensor, VV: Tensor, counted: Masks) -> tuple[Tensor, Ten
     Returns:
         R, `(batch, heads, N, N)`, and which of its entries count: those with any weight on pairs that may attend.
     """
-    if counted.VV is None:
-        return project(E, VV), counted.LL
+    assert counted.VV is not None
     floor = torch.finfo(VV.dtype).min / 2
     log_map = fill(fill(VV, counted.VV, floor).log_softmax(-1), counted.VV, 0.0)
     # R[i, j] = sum_kp E[i, k] E[j, p] log sigma(VV)[k, p] / sum_kp E[i, k] E[j, p], over the pairs (k, p) allowed

@@ -17,8 +17,8 @@ from attncongruence._typing import Count, OneDirection, Reduction, checked, one_
 from attncongruence.blocks import Attention, AttentionBlocks, NText, Quadrants
 from attncongruence.conventions import WEIGHTED_MEAN, ConventionLike
 from attncongruence.layout import Mask
-from attncongruence.losses import LOSSES, check_options, iais_loss, read_blocks
-from attncongruence.maps import attention_map, entries, fill
+from attncongruence.losses import LOSSES, check_options, iais_loss
+from attncongruence.maps import attention_map, entries, fill, read_blocks
 
 
 class WinogroundScores(NamedTuple):
@@ -228,7 +228,7 @@ def argmax_entropy(
     one_of("direction", direction, ("language", "vision"))
     loss = LOSSES["cacr"]
     convention = check_options(loss, convention, direction, reduction)
-    blocks = read_blocks(attention, n_text, mask, None, loss, convention, direction)
+    blocks = read_blocks(attention, n_text, mask, None, loss.needs, convention, direction)
     masks = entries(blocks)
     if direction == "vision":
         blocks, masks = blocks.swap(), masks.swap()

@@ -15,8 +15,8 @@ from attncongruence._typing import Alignment, Direction, Impl, Reduction, at_lea
 from attncongruence.blocks import Attention, AttentionBlocks, NText
 from attncongruence.conventions import RELEASED, Convention, ConventionLike
 from attncongruence.layout import Mask
-from attncongruence.losses import LOSSES, check_options, read_blocks
-from attncongruence.maps import zero_losses
+from attncongruence.losses import LOSSES, check_options
+from attncongruence.maps import read_blocks, zero_losses
 
 Maps = dict[str, Tensor]
 Rows = Callable[[Maps, Maps, Convention], list[Tensor]]
@@ -127,7 +127,7 @@ def _loop(
 ) -> Tensor:
     """Loop over samples and directions, cut each sample to its own tokens, and reduce."""
     convention = check_options(LOSSES[name], convention, direction, reduction, impl)
-    blocks = read_blocks(attention, n_text, mask, None, LOSSES[name], convention, direction)
+    blocks = read_blocks(attention, n_text, mask, None, LOSSES[name].needs, convention, direction)
     values_of(attention=blocks.LL)
     losses, present = [], 0
     for sample in range(blocks.LL.shape[0]):

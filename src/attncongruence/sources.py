@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -17,25 +17,33 @@ from attncongruence._typing import at_least_float32, checked, no_autocast, numbe
 class ScoreSource(Protocol):
     """One layer's pre-softmax scores, computed when they are asked for. Subclass it to write a source of your own.
 
-    `scores` and `allowed` are required. The streaming form also needs `query` and `key`; `shape` and `device` save
-    computing the scores to learn them. A captured layer and `QueryKey` are sources.
+    Write `scores` and `allowed` as properties; they cannot be set on `self`. The streaming form also needs `query` and
+    `key`. `shape` and `device` save computing the scores to learn them. A captured layer and `QueryKey` are sources.
 
     Example:
-        >>> class Uniform(ScoreSource):
-        ...     scores, allowed = torch.zeros(1, 2, 5, 5), None
-        >>> cacr_loss(Uniform(), n_text=2)
+        >>> class Tempered(ScoreSource):
+        ...     def __init__(self, source, temperature):
+        ...         self.source, self.temperature = source, temperature
+        ...     @property
+        ...     def scores(self):
+        ...         return self.source.scores / self.temperature
+        ...     @property
+        ...     def allowed(self):
+        ...         return self.source.allowed
+        >>> layer = QueryKey(torch.ones(1, 2, 5, 4), torch.ones(1, 2, 5, 4))
+        >>> cacr_loss(Tempered(layer, 2.0), n_text=2)
         tensor(0.)
     """
 
     @property
     def scores(self) -> Tensor:
         """Pre-softmax scores, `(batch, heads, queries, keys)`."""
-        ...
+        raise NotImplementedError(f"{type(self).__name__} has no scores: write them as a property")
 
     @property
     def allowed(self) -> Tensor | None:
         """Which pairs may attend, bool, 4-D and broadcastable to `scores`; None: all."""
-        ...
+        raise NotImplementedError(f"{type(self).__name__} has no allowed: write it as a property, None for all pairs")
 
     @property
     def query(self) -> Tensor | None:
@@ -74,6 +82,25 @@ else:
         def __subclasshook__(cls, other: type) -> bool:
             """Looks at the class alone, once."""
             return hasattr(other, "scores")
+
+
+def wrong_scores(source: ScoreSource, scores: Any) -> ValueError:
+    """The error for a source whose scores are not scores."""
+    return ValueError(
+        f"{type(source).__name__}.scores is {_what(scores)}: it must be floating point, (batch, heads, length, length)"
+    )
+
+
+def wrong_allowed(source: ScoreSource, allowed: Any) -> ValueError:
+    """The error for a source whose mask is not bool."""
+    return ValueError(
+        f"{type(source).__name__}.allowed is {_what(allowed)}: it must be None or bool, True where a pair may attend: "
+        "of an additive mask, mask > -5000"
+    )
+
+
+def _what(value: Any) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 class QueryKey(ScoreSource):

@@ -73,7 +73,10 @@ class CapturedAttention(ScoreSource):
             scores = at_least_float32(operation.logits)
         else:
             assert operation.query is not None
-            query, key = at_least_float32(operation.query), at_least_float32(self._repeated_key())
+            query, key = operation.query, operation.key
+            assert key is not None
+            key = key if key.shape[1] == query.shape[1] else self._repeated_key()
+            query, key = at_least_float32(query), at_least_float32(key)
             with no_autocast(self.device):
                 # scale (q k^T), with the scale on q: fewer numbers than the product has
                 scores = (operation.scale * query) @ key.mT

@@ -18,8 +18,8 @@ from attncongruence._typing import Count, OneDirection, Values, checked, one_of
 from attncongruence.blocks import Attention, AttentionBlocks, NText, Quadrants
 from attncongruence.conventions import CONVENTIONS, RELEASED, ConventionLike, as_convention
 from attncongruence.layout import Mask
-from attncongruence.losses import LOSSES, congruence_loss, read_blocks
-from attncongruence.maps import attention_map, entries, fill, sides
+from attncongruence.losses import LOSSES, congruence_loss
+from attncongruence.maps import attention_map, entries, fill, read_blocks, sides
 
 Labels = Sequence[str] | None
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
