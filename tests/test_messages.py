@@ -200,7 +200,7 @@ def test_a_source_of_ones_own_is_as_good_as_its_scores():
     ("attention", "message"),
     [
         (
-            BaseModelOutput(last_hidden_state=zeros(2, 9, 4)),
+            {f"state_{i}": zeros(2, 9, 4) for i in range(9)},
             r"^attention is .{,63}; expected Float.*: scores are square",
         ),
         (capture_attention(torch.nn.MultiheadAttention(4, 1)), r"Of a capture, pass capture\.pop\(\)\.$"),
