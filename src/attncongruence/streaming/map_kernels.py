@@ -233,11 +233,7 @@ def _grad_k_kernel(Q, K, lse, lengths, dT, powers, C, out, heads, n, start, stop
 class KernelRows:
     """As `mean_map.Rows`, by kernels: chunks of rows of T of a whole batch, as many as the cache holds of one map.
 
-    Args:
-        q, k: `(batch, heads, n, width)`; what stands beyond a sample's length is not looked at, and contiguous tensors
-            of one dtype are not copied.
-        lengths: int64, `(batch,)`: how many of the n rows and columns are a sample's own.
-        scale: factor of `q k^T`.
+    What stands beyond a sample's length (int64) is not looked at; contiguous tensors of one dtype are not copied.
     """
 
     log = False
@@ -272,7 +268,7 @@ class KernelRows:
         """Write the gradient of rows of T to the same rows of dq, and add it to dk, contiguous and float32."""
         count, all_heads = rows.stop - rows.start, self.batch * self.heads
         part, c = dq.new_empty(dq[:, :, rows].shape), dq.new_empty(self.batch, self.heads, count)
-        dT = dT.detach().float().contiguous()
+        dT = dT.float().contiguous()
         inputs = self.q, self.k, self.lse, self.lengths, dT, _powers(dT, self.lengths, rows.start, self.dtype)
         size = self.heads, self.n, rows.start, rows.stop, self.scale
         launch(_grad_q_kernel, "mean_grad", (all_heads, count, 1), *inputs, part, c, *size)
