@@ -4,22 +4,14 @@ import pytest
 import torch
 
 from attncongruence import QueryKey
-from attncongruence.streaming import (
-    low_rank,
-    low_rank_kernels,
-    map_grad_kernels,
-    map_kernels,
-    mean_map,
-    mean_map_gpu,
-    per_sample,
-)
+from attncongruence.streaming import low_rank, low_rank_kernels, map_kernels, mean_map, per_sample
 from tests.helpers.problems import CASES, DIRECTIONS, assert_close, fast, make_problem, pairwise, randn
 
 
 @pytest.fixture
 def device(monkeypatch):
     """Where the kernels run, and small chunks, so that there are several."""
-    monkeypatch.setattr(mean_map_gpu, "cache_bytes", lambda device: 800)
+    monkeypatch.setattr(map_kernels, "cache_bytes", lambda device: 800)
     if torch.cuda.is_available():
         return "cuda"
     for module in (low_rank, mean_map, per_sample):
@@ -40,14 +32,12 @@ def value_and_grads(loss, *inputs):
 )
 def test_kernels_are_dense(name, convention, direction, kind, device, monkeypatch):
     used = []
-    for module, function in (
-        (low_rank_kernels, "low_rank_kl"),
-        (map_kernels, "mean_rows"),
-        (map_grad_kernels, "mean_rows_grad_q"),
-        (map_grad_kernels, "mean_rows_grad_k"),
-    ):
-        original = getattr(module, function)
-        monkeypatch.setattr(module, function, lambda *x, f=original: used.append(f.__name__) or f(*x))
+    for module in (low_rank_kernels, map_kernels):
+        monkeypatch.setattr(
+            module,
+            "launch",
+            lambda kernel, *x, f=module.launch, **o: used.append(kernel.__name__) or f(kernel, *x, **o),
+        )
     problem = make_problem(kind, 4, seed=7, batch=3, n=4, m=7)
     q, k = (randn(3, 2, 11, 5, seed=seed) for seed in (0, 1))
     n_text, mask = problem.n_text, problem.mask
@@ -71,16 +61,16 @@ def test_kernels_are_dense(name, convention, direction, kind, device, monkeypatc
         assert_close(a, b, 2e-5)
     # IAIS under RELEASED takes T itself as a distribution: log T is worked out in torch, also on a card.
     if convention != "RELEASED":
-        assert used == ["low_rank_kl"] * (2 if direction == "both" else 1)
+        assert used == ["_statistics", "_gradients", "_gradients"] * (2 if direction == "both" else 1)
     elif name == "cacr":
-        assert {"mean_rows", "mean_rows_grad_q", "mean_rows_grad_k"} == set(used)
+        assert {"_logsumexp_kernel", "_mean_kernel", "_grad_q_kernel", "_grad_k_kernel"} == set(used)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "convention"), CASES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_errs_no_more_than_half_scores_do(name, convention, dtype, device, monkeypatch):
-    monkeypatch.setattr(mean_map_gpu, "cache_bytes", lambda device: 10**5)
+    monkeypatch.setattr(map_kernels, "cache_bytes", lambda device: 10**5)
     q, k = (randn(16, 1, 17, 16, seed=seed) for seed in (0, 1))
     half = [x.to(dtype) for x in (q, k)]
 

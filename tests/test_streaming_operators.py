@@ -7,7 +7,7 @@ import torch
 
 from attncongruence import symmetric_kl
 from attncongruence.divergence import distributed_kl
-from attncongruence.streaming import tiles
+from attncongruence.streaming import operators
 from attncongruence.streaming.low_rank import low_rank_kl
 from attncongruence.streaming.mean_map import mean_map
 from tests.helpers.problems import assert_close, pairwise, randn, set_tiles
@@ -115,7 +115,7 @@ def test_operators_pass_gradcheck(monkeypatch):
 def test_tiles_cover_every_row_of_every_map_once(monkeypatch):
     for maps, n, size in itertools.product((1, 2, 5), (1, 7, 600), (1, 5000, 10**6)):
         set_tiles(monkeypatch, size)
-        cut = tiles.Tiles(maps, n, 4, torch.zeros(1))
+        cut = operators.Tiles(maps, n, 4, torch.zeros(1))
         seen = torch.zeros(maps, n)
         for which, rows in cut:
             seen[which, rows] += 1
@@ -129,4 +129,4 @@ def test_tiles_cover_every_row_of_every_map_once(monkeypatch):
 
 
 def test_tiles_are_made_for_the_cache_of_this_machine():
-    assert 2**16 <= tiles.cache_bytes(torch.device("cpu")) <= 2**24
+    assert 2**16 <= operators.cache_bytes(torch.device("cpu")) <= 2**24

@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 
-from attncongruence.streaming import kernel_tiles, map_grad_kernels, map_kernels
+from attncongruence.streaming import kernel_tiles, map_kernels
 from attncongruence.streaming import low_rank_kernels as kernels
 from tests.helpers.problems import assert_close, randn
 from tests.helpers.triton_problems import HALF, beyond, distance, low_rank_loss, mean_map, with_grad
@@ -203,15 +203,15 @@ def map_and_grad(q, k, lengths, scale, chunks, dT, device, dk=0.0):
     dT = dT.masked_fill(outside, torch.nan).to(device)
     q, k, lengths = spoil(q, lengths).to(device), spoil(k, lengths).to(device), lengths.to(device)
     assert real.shape == q.shape[::2]
-    lse = map_kernels.row_logsumexp(q, k, lengths, scale)
-    dk, Ts, dqs = torch.full(k.shape, dk, device=device), [], []
+    tiles = map_kernels.KernelRows(q, k, lengths, scale)
+    dk, Ts, dq = torch.full(k.shape, dk, device=device), [], torch.full(q.shape, torch.nan, device=device)
+    whole = slice(0, len(q))
     for start, stop in zip(chunks, [*chunks[1:], q.shape[2]], strict=True):
-        chunk = lse, lengths, scale, start, stop
-        Ts.append(map_kernels.mean_rows(q, k, *chunk))
-        dq, c = map_grad_kernels.mean_rows_grad_q(q, k, *chunk, dT[:, start:stop])
-        map_grad_kernels.mean_rows_grad_k(q, k, *chunk, dT[:, start:stop], c, dk)
-        dqs.append(dq)
-    return [lse.cpu(), torch.cat(Ts, 1).cpu(), torch.cat(dqs, 2).cpu(), dk.cpu()]
+        rows = slice(start, stop)
+        work, T = tiles.map(whole, rows)
+        tiles.grad(whole, rows, work[:1], T, dT[:, rows], dq, dk)
+        Ts.append(T)
+    return [x.cpu() for x in (tiles.lse, torch.cat(Ts, 1), dq, dk)]
 
 
 def map_problem(n, width, lengths, heads, dtype=torch.float32):

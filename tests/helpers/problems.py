@@ -23,7 +23,7 @@ from attncongruence import (
     iais_loss,
     soft_equivalence_loop,
 )
-from attncongruence.streaming import forms, per_sample, tiles
+from attncongruence.streaming import forms, operators, per_sample
 
 
 def pairwise(*choices: Iterable[Any]) -> list[tuple[Any, ...]]:
@@ -123,7 +123,7 @@ def problems(draw: st.DrawFn, kind: str, rank: int) -> Problem:
 
 def set_tiles(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """The streaming form as on a machine with a cache of that many bytes."""
-    for module in (tiles, forms, per_sample):
+    for module in (operators, forms, per_sample):
         monkeypatch.setattr(module, "cache_bytes", lambda device: size)
 
 

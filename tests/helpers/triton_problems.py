@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from attncongruence.streaming import low_rank_kernels as low_rank
-from attncongruence.streaming import map_grad_kernels, map_kernels
+from attncongruence.streaming import map_kernels
 from tests.helpers.problems import randn
 
 HALF = (torch.bfloat16, torch.float16)
@@ -88,10 +88,9 @@ class Recorder:
 def launches(dtype: torch.dtype, heads: int, n: int, width: int) -> list[tuple[object, dict[str, object]]]:
     """Every kernel with the arguments that the library hands it."""
     Recorder.launches = []
-    modules = (low_rank, map_kernels, map_grad_kernels)
     kernels = [
         (module, name)
-        for module in modules
+        for module in (low_rank, map_kernels)
         for name, value in vars(module).items()
         if hasattr(value, "arg_names") and name.startswith("_")
     ]
@@ -101,10 +100,9 @@ def launches(dtype: torch.dtype, heads: int, n: int, width: int) -> list[tuple[o
     try:
         x, lengths = randn(1, heads, n, width, dtype=dtype), torch.tensor([n])
         low_rank.low_rank_kl(x.float(), x.float(), x, x, lengths, 0.5, True)
-        lse = map_kernels.row_logsumexp(x, x, lengths, 0.5)
-        T = map_kernels.mean_rows(x, x, lse, lengths, 0.5, 0, n)
-        _, c = map_grad_kernels.mean_rows_grad_q(x, x, lse, lengths, 0.5, 0, n, T)
-        map_grad_kernels.mean_rows_grad_k(x, x, lse, lengths, 0.5, 0, n, T, c, torch.zeros(x.shape))
+        tiles, whole = map_kernels.KernelRows(x, x, lengths, 0.5), slice(0, 1)
+        work, T = tiles.map(whole, slice(0, n))
+        tiles.grad(whole, slice(0, n), work, T, T, torch.zeros(x.shape), torch.zeros(x.shape))
     finally:
         for (module, name), kernel in zip(kernels, originals, strict=True):
             setattr(module, name, kernel)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +16,7 @@ from attncongruence.blocks import Quadrants, outer
 from attncongruence.conventions import Convention
 from attncongruence.divergence import distributed_kl, m_kl
 from attncongruence.maps import attention_map, equivalence, fill, log_attention_map
-from attncongruence.streaming.ops import batched
-from attncongruence.streaming.tiles import Target, cache_bytes
+from attncongruence.streaming.operators import Target, batched, cache_bytes
 
 Pair = tuple[Tensor, Tensor]
 
@@ -32,79 +30,63 @@ class Modality:
     k: Tensor
     lengths: Tensor
     """`(batch,)`; 0 for samples that lack a modality."""
-    padded: bool
-
-    @property
-    def token_mask(self) -> Tensor | None:
-        """`(batch, n)`, True at a sample's own tokens; None: at all of them."""
-        if not self.padded:
-            return None
-        return torch.arange(self.q.shape[2], device=self.q.device) < self.lengths[:, None]
+    token_mask: Tensor | None
+    """`(batch, n)`, True at a sample's own tokens; None: at all of them."""
 
 
 class SmallMaps:
     """The maps of probabilities that are small enough to be built: all but VV, that of the larger modality.
 
-    Args:
-        text: the smaller modality.
-        image: the larger one.
-        scale: factor of `q k^T`.
-        convention: its form, on probabilities.
-        cross_grad: whether LV and VL have a gradient.
+    `text` is the smaller modality here, `image` the larger one. LV and VL have a gradient if `form` needs one.
     """
 
-    def __init__(
-        self, text: Modality, image: Modality, scale: float, convention: Convention, *, cross_grad: bool
-    ) -> None:
+    def __init__(self, text: Modality, image: Modality, scale: float, form: Form, convention: Convention) -> None:
         self.text, self.image, self.scale, self.convention = text, image, scale, convention
-        token_masks = text.token_mask, image.token_mask
-        self.masks = Quadrants(
-            *(None if x is None or y is None else outer(x, y) for x in token_masks for y in token_masks)
-        )
+        masks = text.token_mask, image.token_mask
+        self.masks = Quadrants(*(None if x is None or y is None else outer(x, y) for x in masks for y in masks))
         self.scores = block(text.q, text.k, scale)
         self.LL = attention_map(self.scores, self.masks.LL, convention)
-        with torch.set_grad_enabled(cross_grad and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(form.differentiates_cross_maps(convention) and torch.is_grad_enabled()):
             self.LV = attention_map(block(text.q, image.k, scale), self.masks.LV, convention)
             self.VL = attention_map(block(image.q, text.k, scale), self.masks.VL, convention)
 
-    def own(self, target: Target) -> Tensor:
-        """LL as the logits of a target."""
-        return self.LL if target == "softmax" else log_attention_map(self.scores, self.masks.LL, self.convention)
 
-
-class Form(Protocol):
-    """One loss from queries and keys. On raw scores it is asked for `pooled`, on probabilities for the rest."""
+class Form:
+    """One loss from queries and keys, on raw scores by `pooled`, on probabilities by the other methods."""
 
     def pooled(self, own: Modality, other: Modality, scale: float, convention: Convention) -> Pair:
         """E Q and E K of the other modality, `(batch, heads, n, width)` each; E itself is not built."""
-        ...
+        raise NotImplementedError("this loss is not defined on raw scores")
 
-    def through_equivalence(self, convention: Convention) -> bool:
+    def differentiates_cross_maps(self, convention: Convention) -> bool:
         """Whether the loss has a gradient through LV and VL."""
-        ...
+        return False
 
     def target(self, convention: Convention) -> Target:
         """What a row is compared with: softmax(T), T itself, or T by the distributed formula."""
-        ...
+        return "softmax" if convention.iais_target_softmax else "log"
 
     def projection(self, small: SmallMaps) -> Tensor | None:
         """E, `(batch, N, M)`, where E VV E^T is wanted."""
-        ...
+        return None
 
     def factors(self, small: SmallMaps) -> Pair:
         """F `(batch, M, rank)` and G, whose product F G^T is compared with VV."""
-        ...
+        raise NotImplementedError
 
     def rows(self, small: SmallMaps, R: Tensor) -> Tensor:
-        """Per-row divergence of the language side, `(batch, 1, N)`; R is `E VV E^T`, empty if not wanted."""
-        ...
+        """Per-row divergence of the language side, `(batch, heads, N)`; R is `E VV E^T`, empty if not wanted."""
+        # m-KL(sigma(R), sigma(LL)), or m-KL(sigma(R), LL)
+        LL = small.LL
+        if self.target(small.convention) == "log":
+            LL = log_attention_map(small.scores, small.masks.LL, small.convention)
+        return m_kl(R, LL, small.masks.LL)
 
 
-class CACR:
+class CACR(Form):
     """`cacr`: E is the text-to-image attention."""
 
     def pooled(self, own: Modality, other: Modality, scale: float, convention: Convention) -> Pair:
-        """By Gram matrices or by attention."""
         q, k = (x.detach() if convention.detach_equivalence else x for x in (own.q, other.k))
         if convention.equivalence == "block":
             # E = LV = scale Q_L K_V^T, so E Q_V = scale Q_L (K_V^T Q_V)
@@ -117,50 +99,31 @@ class CACR:
         attend = partial(nn.functional.scaled_dot_product_attention, q, k, attn_mask=mask, scale=scale / tau)
         return attend(other.q), attend(other.k)
 
-    def through_equivalence(self, convention: Convention) -> bool:
-        """Unless E is a constant."""
+    def differentiates_cross_maps(self, convention: Convention) -> bool:
         return not convention.detach_equivalence
 
     def target(self, convention: Convention) -> Target:
-        """With a second softmax, or the probabilities themselves."""
         return "softmax" if convention.target_softmax else "log"
 
     def projection(self, small: SmallMaps) -> Tensor:
-        """E of the language side."""
         return equivalence(small.LV, small.masks.LV, small.convention)[:, 0]
 
     def factors(self, small: SmallMaps) -> Pair:
-        """R = E LL E^T of the vision side."""
+        # R = E LL E^T of the vision side
         E = equivalence(small.VL, small.masks.VL, small.convention)[:, 0]
         return E @ small.LL[:, 0], E
 
-    def rows(self, small: SmallMaps, R: Tensor) -> Tensor:
-        """m-KL(sigma(R), sigma(LL))."""
-        return m_kl(R, small.own(self.target(small.convention)), small.masks.LL)
 
-
-class Singular:
-    """`singular`: E = one_hot(argmax LV), so that E Q is a gather."""
+class Singular(Form):
+    """`singular`: E = one_hot(argmax LV), so that E Q is a gather, and has no gradient."""
 
     def pooled(self, own: Modality, other: Modality, scale: float, convention: Convention) -> Pair:
-        """By a gather."""
-        index: Tensor = _argmax(own.q.detach(), other.k.detach(), other.lengths, scale, other.padded)
+        index: Tensor = _argmax(own.q.detach(), other.k.detach(), other.lengths, scale, other.token_mask is not None)
         index = index[..., None].expand(-1, -1, -1, own.q.shape[-1])
         return other.q.gather(2, index) + _nan_or_0(own.q, other.q, other.k), other.k.gather(2, index)
 
-    def through_equivalence(self, convention: Convention) -> bool:
-        """An argmax has no gradient."""
-        return False
-
-    def target(self, convention: Convention) -> Target:
-        """As `CACR.target`."""
-        return "softmax" if convention.iais_target_softmax else "log"
-
-    def projection(self, small: SmallMaps) -> None:
-        """Not wanted: `rows` builds only the rows of VV that are picked."""
-
     def factors(self, small: SmallMaps) -> Pair:
-        """R[i, j] = LL[a_i, a_j], from its picked rows and a one-hot E."""
+        # R[i, j] = LL[a_i, a_j], from its picked rows and a one-hot E
         best, LL = _best(small.VL, small.text.token_mask)[:, 0], small.LL[:, 0]
         G = (best[..., None] == torch.arange(LL.shape[-1], device=best.device)).to(LL.dtype)
         F = LL.gather(1, best[..., None].expand(-1, -1, LL.shape[-1]))
@@ -168,39 +131,30 @@ class Singular:
         return fill(F, mask, 0.0), fill(G, mask, 0.0)
 
     def rows(self, small: SmallMaps, R: Tensor) -> Tensor:
-        """m-KL(sigma(R), A_LL) with R = VV[argmax LV, argmax LV]."""
+        # R = VV[argmax LV, argmax LV], for which only the picked rows of VV are built
         best, image = _best(small.LV, small.image.token_mask), small.image
         heads, width = image.q.shape[1], image.q.shape[3]
         picked = image.q.gather(2, best[..., None].expand(-1, heads, -1, width))
         VV = attention_map(block(picked, image.k, small.scale), small.masks.LV, small.convention)
-        R = VV.gather(-1, best[:, :, None].expand(-1, -1, best.shape[-1], -1)) + _nan_or_0(small.LV, image.q, image.k)
-        return m_kl(R, small.own(self.target(small.convention)), small.masks.LL)
+        R = VV.gather(-1, best[:, :, None].expand(-1, -1, best.shape[-1], -1))
+        return super().rows(small, R + _nan_or_0(small.LV, image.q, image.k))
 
 
-class Distributed:
+class Distributed(Form):
     """`distributed`: from text to image and back. Only defined on probabilities."""
 
-    def pooled(self, own: Modality, other: Modality, scale: float, convention: Convention) -> Pair:
-        """Refused before."""
-        raise NotImplementedError("distributed alignment is not defined on raw scores")
-
-    def through_equivalence(self, convention: Convention) -> bool:
-        """LV and VL are what is compared."""
+    def differentiates_cross_maps(self, convention: Convention) -> bool:
         return True
 
     def target(self, convention: Convention) -> Target:
-        """With a formula of its own."""
         return "distributed"
 
-    def projection(self, small: SmallMaps) -> None:
-        """The language side does not look at VV."""
-
     def factors(self, small: SmallMaps) -> Pair:
-        """A_VL A_LV against A_VV."""
+        # A_VL A_LV against A_VV
         return small.VL[:, 0], small.LV[:, 0].mT
 
     def rows(self, small: SmallMaps, R: Tensor) -> Tensor:
-        """A_LV A_VL against A_LL."""
+        # A_LV A_VL against A_LL; VV does not matter
         return distributed_kl(small.LV @ small.VL, small.LL, small.convention.epsilon)
 
 

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""What the GPU kernels share: loading a tile, multiplying two, and how large they are."""
+"""What the GPU kernels share: loading a tile, multiplying two, how large they are, and their launch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
+from torch import Tensor
 from triton.language import constexpr
 
 LOG2E, LN2 = constexpr(math.log2(math.e)), constexpr(math.log(2))
@@ -98,3 +99,13 @@ def settings(kernel: str, dtype: torch.dtype, width: int) -> tuple[int, int, dic
     options = {"WIDTH": width, "PADDED": padded, "PRECISION": precision, "num_warps": warps, "num_stages": stages}
     # Without fused multiply-adds (the default of a later Triton) the kernels would be slower and no more exact.
     return own, other, {**options, "enable_fp_fusion": True}
+
+
+def launch(kernel: Any, kind: str, grid: tuple[int, int, int], first: Tensor, *rest: Any, **more: Any) -> None:
+    """Run a kernel, with the settings of its kind, over so many maps of so many rows and columns."""
+    maps, n_rows, n_columns = grid
+    rows, columns, options = settings(kind, first.dtype, first.shape[-1])
+    programs = maps * triton.cdiv(n_rows, rows) * triton.cdiv(n_columns, columns)
+    if programs:
+        with torch.cuda.device_of(first):
+            kernel[(programs,)](first, *rest, ROWS=rows, COLUMNS=columns, **more, **options)

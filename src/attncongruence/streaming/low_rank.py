@@ -14,8 +14,7 @@ from torch import Tensor
 
 from attncongruence._compat import mapped
 from attncongruence._typing import at_least_float32
-from attncongruence.streaming.ops import batched, differentiable, kernels, wants_grad
-from attncongruence.streaming.tiles import FiveTensors, Tiles, groups, tile_m_kl, tile_m_kl_grad
+from attncongruence.streaming.operators import Tiles, batched, differentiable, groups, kernels, tile_kl, tile_kl_grad
 
 
 def low_rank_kl(A: Tensor, B: Tensor, C: Tensor, D: Tensor, lengths: Tensor, scale: float) -> Tensor:
@@ -29,7 +28,10 @@ def low_rank_kl(A: Tensor, B: Tensor, C: Tensor, D: Tensor, lengths: Tensor, sca
     Returns:
         `(batch, heads)`, in nats.
     """
-    loss: Tensor = _low_rank_kl(A, B, C, D, lengths, scale, wants_grad(A, B, C, D))[0]
+    # While compiling, and of mapped tensors, nobody can tell whether a gradient will be needed.
+    unknown = torch.compiler.is_compiling() or any(mapped(x) for x in (A, B, C, D))
+    with_grad = torch.is_grad_enabled() and (unknown or any(x.requires_grad for x in (A, B, C, D)))
+    loss: Tensor = _low_rank_kl(A, B, C, D, lengths, scale, with_grad)[0]
     return loss
 
 
@@ -39,7 +41,9 @@ def low_rank_kl(A: Tensor, B: Tensor, C: Tensor, D: Tensor, lengths: Tensor, sca
     schema="(Tensor A, Tensor B, Tensor C, Tensor D, Tensor lengths, float scale, bool with_grad)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _tiled(A: Tensor, B: Tensor, C: Tensor, D: Tensor, lengths: Tensor, scale: float, with_grad: bool) -> FiveTensors:
+def _tiled(
+    A: Tensor, B: Tensor, C: Tensor, D: Tensor, lengths: Tensor, scale: float, with_grad: bool
+) -> tuple[Tensor, ...]:
     if kernels(A, B, C, D):
         from attncongruence.streaming import low_rank_kernels
 
@@ -57,9 +61,9 @@ def _tiled(A: Tensor, B: Tensor, C: Tensor, D: Tensor, lengths: Tensor, scale: f
             x, y, P, T = tiles.buffers(maps, row)
             torch.baddbmm(x, a[maps, row], b[maps].mT, beta=0, alpha=scale, out=x)
             torch.baddbmm(y, c[maps, row], d[maps].mT, beta=0, alpha=scale, out=y)
-            rows[maps, row] = tile_m_kl(x, y, P, T)
+            rows[maps, row] = tile_kl(x, y, P, T)
             if grads:
-                dx, minus_dy = tile_m_kl_grad(x, y, P, T, rows[maps, row])
+                dx, minus_dy = tile_kl_grad(x, y, P, T, rows[maps, row])
                 # dA = scale dx B, dB = scale dx^T A, and C, D likewise
                 grads[0][maps, row] = torch.bmm(dx, b[maps])
                 grads[1][maps].baddbmm_(dx.mT, a[maps, row])
@@ -72,13 +76,13 @@ def _tiled(A: Tensor, B: Tensor, C: Tensor, D: Tensor, lengths: Tensor, scale: f
 
 
 @_tiled.register_fake
-def _(A: Tensor, B: Tensor, C: Tensor, D: Tensor, lengths: Tensor, scale: float, with_grad: bool) -> FiveTensors:
+def _(A: Tensor, B: Tensor, C: Tensor, D: Tensor, lengths: Tensor, scale: float, with_grad: bool) -> tuple[Tensor, ...]:
     work = at_least_float32(A)
     dA, dB, dC, dD = (work.new_empty(x.shape if with_grad else (0,)) for x in (A, B, C, D))
     return work.new_empty(A.shape[:2]), dA, dB, dC, dD
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: FiveTensors) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keep each head's gradient, which was computed with its loss."""
     ctx.save_for_backward(*output[1:])
     ctx.dtypes = [x.dtype for x in inputs[:4]]

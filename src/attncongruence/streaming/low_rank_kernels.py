@@ -15,6 +15,7 @@ invariant. Sums are in float32, and no two programs write to one place, so a run
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import triton  # type: ignore[import-untyped]
@@ -22,8 +23,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 from triton.language import constexpr
 
-from attncongruence.streaming.kernel_tiles import INTERPRETED, LN2, LOG2E, NONE, here, product, rounded, settings, tile
-from attncongruence.streaming.tiles import FiveTensors
+from attncongruence.streaming.kernel_tiles import INTERPRETED, LN2, LOG2E, NONE, here, launch, product, rounded, tile
 
 
 @triton.jit
@@ -135,11 +135,11 @@ def _sweep(sum_1, sum_2, own_1, own_2, OTHER_1, OTHER_2, lse_x, lse_y, one_mu, o
 
 @triton.jit
 def _gradients(OWN_1, OWN_2, OTHER_1, OTHER_2, lengths, factors, statistics, out_1, out_2, heads, n, scale,
-               BY_ROW: constexpr, WIDTH: constexpr, PADDED: constexpr, OWN: constexpr, OTHER: constexpr,
+               BY_ROW: constexpr, WIDTH: constexpr, PADDED: constexpr, ROWS: constexpr, COLUMNS: constexpr,
                PRECISION: constexpr):  # fmt: skip
-    """dA and dC of OWN rows from all columns (BY_ROW), or dB and dD of OWN columns from all rows."""
-    index, matrix, count, start, own = here(lengths, heads, n, WIDTH, OWN)
-    other = tl.arange(0, OTHER)
+    """dA and dC of ROWS rows from all columns (BY_ROW), or dB and dD of ROWS columns from all rows."""
+    index, matrix, count, start, own = here(lengths, heads, n, WIDTH, ROWS)
+    other = tl.arange(0, COLUMNS)
     OTHER_1 += matrix
     OTHER_2 += matrix
     own_1 = tile(OWN_1 + matrix, own, count, WIDTH, PADDED, True)
@@ -150,15 +150,15 @@ def _gradients(OWN_1, OWN_2, OTHER_1, OTHER_2, lengths, factors, statistics, out
     statistics += index.to(tl.int64) * 4 * n
     lse_x, lse_y, one_mu, one_nu = _of_rows(statistics, n, own, count, power)
 
-    sum_1 = tl.zeros([OWN, PADDED], tl.float32)
-    sum_2 = tl.zeros([OWN, PADDED], tl.float32)
+    sum_1 = tl.zeros([ROWS, PADDED], tl.float32)
+    sum_2 = tl.zeros([ROWS, PADDED], tl.float32)
     # Whole tiles need no mask. A tile that is cut off in either direction does.
-    whole = tl.where(start + OWN <= count, count // OTHER * OTHER, 0)
-    for j in range(0, whole, OTHER):
+    whole = tl.where(start + ROWS <= count, count // COLUMNS * COLUMNS, 0)
+    for j in range(0, whole, COLUMNS):
         sum_1, sum_2 = _sweep(sum_1, sum_2, own_1, own_2, OTHER_1, OTHER_2, lse_x, lse_y, one_mu, one_nu,
                               statistics, n, power, factor_x, factor_y, own, j + other, count, BY_ROW,
                               WIDTH, PADDED, PRECISION, False)  # fmt: skip
-    for j in range(whole, tl.where(start < count, count, 0), OTHER):
+    for j in range(whole, tl.where(start < count, count, 0), COLUMNS):
         sum_1, sum_2 = _sweep(sum_1, sum_2, own_1, own_2, OTHER_1, OTHER_2, lse_x, lse_y, one_mu, one_nu,
                               statistics, n, power, factor_x, factor_y, own, j + other, count, BY_ROW,
                               WIDTH, PADDED, PRECISION, True)  # fmt: skip
@@ -174,56 +174,38 @@ def _gradients(OWN_1, OWN_2, OTHER_1, OTHER_2, lengths, factors, statistics, out
 
 def low_rank_kl(
     A: Tensor, B: Tensor, C: Tensor, D: Tensor, lengths: Tensor, scale: float, with_grad: bool
-) -> FiveTensors:
-    """Sum over rows of m-KL(softmax(scale A B^T), softmax(scale C D^T)), Eq. 4, and its gradient.
+) -> tuple[Tensor, ...]:
+    """`low_rank.low_rank_kl` with its gradient, four empty tensors where that is not wanted; all in float32.
 
-    Products are taken in the dtype of C and D, to which A and B are rounded, and sums in float32.
-
-    Args:
-        A, B, C, D: `(batch, heads, n, width)`; what stands beyond a sample's length is not looked at.
-        lengths: int64, `(batch,)`: how many of the n rows and columns are a sample's own.
-        scale: factor of both products.
-        with_grad: whether the gradient is wanted; if not, it is four empty tensors.
-
-    Returns:
-        Each head's loss in nats, `(batch, heads)`, and its gradient by A, B, C and D, in their shape; all in float32.
+    Products are taken in the dtype of C and D, to which A and B are rounded, and sums in float32. What stands beyond a
+    sample's length (int64) is not looked at.
     """
-    with torch.no_grad(), torch.cuda.device_of(A):
-        batch, heads, n, width = A.shape
-        maps, device = batch * heads, A.device
-        grads = [torch.empty(A.shape if with_grad else 0, device=device, dtype=torch.float32) for _ in range(4)]
-        dA, dB, dC, dD = grads
-        if A.numel() == 0:
-            return torch.zeros(batch, heads, device=device, dtype=torch.float32), dA, dB, dC, dD
-        dtype = torch.promote_types(C.dtype, D.dtype)
-        # Each map's own powers of two, all 0 but for float16
-        power_a = power_b = power = torch.zeros(maps, device=device, dtype=torch.float32)
+    batch, heads, n, _ = A.shape
+    maps, new = batch * heads, partial(torch.empty, device=A.device, dtype=torch.float32)
+    dA, dB, dC, dD = (new(A.shape if with_grad else 0) for _ in range(4))
+    if A.numel() == 0:
+        return new(batch, heads).zero_(), dA, dB, dC, dD
+    dtype = torch.promote_types(C.dtype, D.dtype)
+    # Each map's own powers of two, all 0 but for float16
+    power_a = power_b = power = new(maps).zero_()
+    if dtype == torch.float16:
+        (A, power_a), (B, power_b) = _within_range(A, lengths), _within_range(B, lengths)
+    A, B, C, D = (x.detach().to(dtype).contiguous() for x in (A, B, C, D))
+    lengths, statistics = lengths.contiguous(), new(maps, 4, n)
+    factors = _factors(power_a, power_b, power)
+    launch(_statistics, "statistics", (maps, n, 1), A, B, C, D, lengths, factors, statistics, heads, n, scale)
+    # mu - nu, which only rounding can take below 0; from base 2 to nats
+    rows = (statistics[:, 2] - statistics[:, 3]).clamp_min_(0).mul_(math.log(2))
+    if with_grad:
         if dtype == torch.float16:
-            (A, power_a), (B, power_b) = _within_range(A, lengths), _within_range(B, lengths)
-        A, B, C, D = (x.detach().to(dtype).contiguous() for x in (A, B, C, D))
-        lengths = lengths.contiguous()
-
-        own, other, options = settings("statistics", dtype, width)
-        statistics = torch.empty(maps, 4, n, device=device, dtype=torch.float32)
-        factors = _factors(power_a, power_b, power)
-        _statistics[(maps * triton.cdiv(n, own),)](
-            A, B, C, D, lengths, factors, statistics, heads, n, scale, ROWS=own, COLUMNS=other, **options
-        )
-        # mu - nu, which only rounding can take below 0; from base 2 to nats
-        rows = (statistics[:, 2] - statistics[:, 3]).clamp_min_(0).mul_(math.log(2))
-        if with_grad:
-            if dtype == torch.float16:
-                # |dx_j|, |dy_j| <= 2 loss + log n + 1.4, since P_j |log P_j| < 0.4 and
-                # P_j |log T_j| <= sum_j P_j |log T_j| = mu + entropy(P) <= loss + log n. Scaled to below 2^15.
-                power = 15.0 - torch.frexp(2 * rows.amax(-1) + (math.log(n) + 1.4)).exponent
-                factors = _factors(power_a, power_b, power)
-            own, other, options = settings("gradients", dtype, width)
-            for by_row, inputs, out in ((True, (A, C, B, D), (dA, dC)), (False, (B, D, A, C), (dB, dD))):
-                _gradients[(maps * triton.cdiv(n, own),)](
-                    *inputs, lengths, factors, statistics, *out, heads, n, scale,
-                    BY_ROW=by_row, OWN=own, OTHER=other, **options
-                )  # fmt: skip
-        return rows.sum(-1).view(batch, heads), dA, dB, dC, dD
+            # |dx_j|, |dy_j| <= 2 loss + log n + 1.4, since P_j |log P_j| < 0.4 and
+            # P_j |log T_j| <= sum_j P_j |log T_j| = mu + entropy(P) <= loss + log n. Scaled to below 2^15.
+            power = 15.0 - torch.frexp(2 * rows.amax(-1) + (math.log(n) + 1.4)).exponent
+            factors = _factors(power_a, power_b, power)
+        for by_row, inputs, out in ((True, (A, C, B, D), (dA, dC)), (False, (B, D, A, C), (dB, dD))):
+            arguments = *inputs, lengths, factors, statistics, *out, heads, n, scale
+            launch(_gradients, "gradients", (maps, n, 1), *arguments, BY_ROW=by_row)
+    return rows.sum(-1).view(batch, heads), dA, dB, dC, dD
 
 
 def _within_range(x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,14 +225,9 @@ def _factors(power_a: Tensor, power_b: Tensor, power: Tensor) -> Tensor:
 
 def supported(*tensors: Tensor) -> bool:
     """Whether the kernels can work on these: float32, bfloat16 or float16, up to 256 wide, on NVIDIA's newer cards."""
-    return all(
-        x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and 0 < x.shape[-1] <= 256
-        and (INTERPRETED.value or _has_tensor_cores(x.device))
-        for x in tensors
-    )
-
-
-def _has_tensor_cores(device: torch.device) -> bool:
-    """For float32, bfloat16 and float16 alike: NVIDIA's, from compute capability 8.0 on."""
-    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
+    device = tensors[0].device
+    # From compute capability 8.0 on, NVIDIA's cards have tensor cores for all three dtypes.
+    return (
+        INTERPRETED.value
+        or (device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0))
+    ) and all(x.dtype in (torch.float32, torch.bfloat16, torch.float16) and 0 < x.shape[-1] <= 256 for x in tensors)

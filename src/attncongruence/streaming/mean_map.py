@@ -2,33 +2,39 @@
 
 One pass over tiles of its rows gives both: the map seen through E, `R = E T E^T`, and its row divergences from a map of
 low rank, `F G^T`. Backward computes the tiles again. A tile holds some rows of all heads, so memory is O(heads M).
+On a GPU, Triton kernels do all that concerns single heads; padding is then given by lengths, without synchronization.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from attncongruence._compat import log_softmax_grad, softmax_grad
 from attncongruence._typing import at_least_float32, no_autocast
-from attncongruence.streaming.ops import batched, differentiable, kernels
-from attncongruence.streaming.tiles import FiveTensors, Target, Tiles, divergence, divergence_grad, groups
+from attncongruence.streaming.operators import (
+    Target,
+    Tiles,
+    batched,
+    differentiable,
+    divergence,
+    divergence_grad,
+    groups,
+    kernels,
+)
+
+if TYPE_CHECKING:
+    from attncongruence.streaming.map_kernels import KernelRows
 
 
 def mean_map(
-    q: Tensor,
-    k: Tensor,
-    E: Tensor | None,
-    F: Tensor | None,
-    G: Tensor | None,
-    lengths: Tensor,
-    scale: float,
-    target: Target = "softmax",
-    epsilon: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, E: Tensor | None, F: Tensor | None, G: Tensor | None, lengths: Tensor, scale: float,
+    target: Target = "softmax", epsilon: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`E T E^T`, and the divergences of the rows of `F G^T` from those of T, summed.
 
     Args:
@@ -60,11 +66,17 @@ class Rows:
         log: compute log T instead, finite also where T underflows.
     """
 
+    beyond = None
+
     def __init__(self, q: Tensor, k: Tensor, scale: float, log: bool) -> None:
         # Heads in front: one tile of one head after the other stays in the cache.
         self.q, self.k = (at_least_float32(x).transpose(0, 1).contiguous() for x in (q, k))
-        self.scale, self.log, self.heads = scale, log, q.shape[1]
-        self.tiles = Tiles(q.shape[0], q.shape[2], self.heads + 5, self.q)
+        self.scale, self.log, self.heads, self.n = scale, log, q.shape[1], q.shape[2]
+        self.tiles = Tiles(q.shape[0], self.n, self.heads + 5, self.q)
+
+    def __iter__(self) -> Iterator[tuple[slice, slice]]:
+        """Slices of samples and of rows, one pair for each tile."""
+        return iter(self.tiles)
 
     def map(self, maps: slice, rows: slice) -> tuple[list[Tensor], Tensor]:
         """The softmaxes of all heads and four more tiles to work with, and a tile of T or log T."""
@@ -84,7 +96,7 @@ class Rows:
     def grad(
         self, maps: slice, rows: slice, tiles: list[Tensor], T: Tensor, dT: Tensor, dq: Tensor, dk: Tensor
     ) -> None:
-        """Adds the gradient of a tile of T or log T to dq and dk, `(heads, samples, n, width)`."""
+        """Write the gradient of rows of T or log T to the same rows of dq, and add it to dk; both in q's shape."""
         *of_heads, x = tiles
         dT.div_(self.heads)
         for head, own in enumerate(of_heads):
@@ -94,10 +106,22 @@ class Rows:
                 ds = log_softmax_grad(x, own)
             else:
                 ds = softmax_grad(dT, own, out=x)
-            torch.baddbmm(
-                dq[head, maps, rows], ds, self.k[head, maps], beta=0, alpha=self.scale, out=dq[head, maps, rows]
-            )
-            dk[head, maps].baddbmm_(ds.mT, self.q[head, maps, rows], alpha=self.scale)
+            to_q = dq[maps, head, rows]
+            torch.baddbmm(to_q, ds, self.k[head, maps], beta=0, alpha=self.scale, out=to_q)
+            dk[maps, head].baddbmm_(ds.mT, self.q[head, maps, rows], alpha=self.scale)
+
+
+def _passes(
+    q: Tensor, k: Tensor, lengths: Tensor, scale: float, target: Target
+) -> Iterator[tuple[slice, Rows | KernelRows]]:
+    """The whole batch for the kernels, which know no log T; else each run of samples of one length."""
+    if target != "log" and kernels(q, k):
+        from attncongruence.streaming.map_kernels import KernelRows
+
+        yield slice(0, q.shape[0]), KernelRows(q, k, lengths, scale)
+        return
+    for samples, n in groups(lengths, q.shape[2]):
+        yield samples, Rows(q[samples, :, :n], k[samples, :, :n], scale, target == "log")
 
 
 @torch.library.custom_op(
@@ -107,33 +131,19 @@ class Rows:
     " -> (Tensor, Tensor)",
 )
 def _forward(
-    q: Tensor,
-    k: Tensor,
-    E: Tensor,
-    F: Tensor,
-    G: Tensor,
-    lengths: Tensor,
-    scale: float,
-    target: Target,
-    epsilon: float,
+    q: Tensor, k: Tensor, E: Tensor, F: Tensor, G: Tensor, lengths: Tensor, scale: float, target: Target, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    if target != "log" and kernels(q, k):
-        from attncongruence.streaming import mean_map_gpu
-
-        return mean_map_gpu.forward(q, k, E, F, G, lengths, scale, target, epsilon)
     R, loss = F.new_zeros(q.shape[0], E.shape[1], E.shape[1]), F.new_zeros(q.shape[0])
-    for samples, n in groups(lengths, q.shape[2]):
-        rows = Rows(q[samples, :, :n], k[samples, :, :n], scale, target == "log")
-        e, f, g = E[samples, :, :n], F[samples, :n], G[samples, :n]
-        for maps, row in rows.tiles:
-            (*_, x, y, P, Q), T = rows.map(maps, row)
+    for samples, tiles in _passes(q, k, lengths, scale, target):
+        e, f, g = E[samples, :, : tiles.n], F[samples, : tiles.n], G[samples, : tiles.n]
+        for maps, row in tiles:
+            (*_, x, y, P, Q), T = tiles.map(maps, row)
             if E.numel():
                 # R = E T E^T, a sum over rows of T
-                W = torch.bmm(T.exp() if rows.log else T, e[maps].mT)
-                R[samples][maps] += torch.bmm(e[maps, :, row], W)
+                R[samples][maps].baddbmm_(e[maps, :, row], torch.bmm(T.exp() if tiles.log else T, e[maps].mT))
             if F.numel():
                 torch.bmm(f[maps, row], g[maps].mT, out=x)
-                loss[samples][maps] += divergence(x, T, (y, P, Q), target, epsilon).sum(-1)
+                loss[samples][maps] += divergence(x, T, (y, P, Q), target, epsilon, tiles.beyond).sum(-1)
     return R, loss
 
 
@@ -149,58 +159,41 @@ def _(q: Tensor, k: Tensor, E: Tensor, F: Tensor, *rest: Any) -> tuple[Tensor, T
     " str target, float epsilon, bool with_dE) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(
-    q: Tensor,
-    k: Tensor,
-    E: Tensor,
-    F: Tensor,
-    G: Tensor,
-    lengths: Tensor,
-    dR: Tensor,
-    dloss: Tensor,
-    scale: float,
-    target: Target,
-    epsilon: float,
-    with_dE: bool,
-) -> FiveTensors:
-    if target != "log" and kernels(q, k):
-        from attncongruence.streaming import mean_map_gpu
-
-        return mean_map_gpu.backward(q, k, E, F, G, lengths, dR, dloss, scale, target, epsilon, with_dE)
-    dq, dk = (F.new_zeros(x.shape) for x in (q, k))
-    dE, dF, dG = (F.new_zeros(x.shape) for x in (E, F, G))
-    for samples, n in groups(lengths, q.shape[2]):
-        rows = Rows(q[samples, :, :n], k[samples, :, :n], scale, target == "log")
-        e, de = (x[samples, :, :n] for x in (E, dE))
-        f, g, df, dg = (x[samples, :n] for x in (F, G, dF, dG))
-        to_q, to_k = torch.empty_like(rows.q), torch.zeros_like(rows.k)
-        for maps, row in rows.tiles:
-            (*of_heads, x, y, P, Q), T = rows.map(maps, row)
+    q: Tensor, k: Tensor, E: Tensor, F: Tensor, G: Tensor, lengths: Tensor, dR: Tensor, dloss: Tensor,
+    scale: float, target: Target, epsilon: float, with_dE: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    dq, dk, dE, dF, dG = (F.new_zeros(x.shape) for x in (q, k, E, F, G))
+    for samples, tiles in _passes(q, k, lengths, scale, target):
+        to_q, to_k, e, de = (x[samples, :, : tiles.n] for x in (dq, dk, E, dE))
+        f, g, df, dg = (x[samples, : tiles.n] for x in (F, G, dF, dG))
+        for maps, row in tiles:
+            (*of_heads, x, y, P, Q), T = tiles.map(maps, row)
             dT = Q.zero_()
             if F.numel():
                 torch.bmm(f[maps, row], g[maps].mT, out=x)
                 weight = dloss[samples][maps, None, None]
-                dx, dT = divergence_grad(x, T, (y, P, Q), target, epsilon, weight)
+                dx, dT = divergence_grad(x, T, (y, P, Q), target, epsilon, tiles.beyond, weight)
                 df[maps, row] = torch.bmm(dx, g[maps])
                 dg[maps].baddbmm_(dx.mT, f[maps, row])
             if E.numel():
                 # dT = E^T dR E
-                left = torch.bmm(e[maps, :, row].mT, dR[samples][maps])
-                if rows.log:
-                    dT.addcmul_(torch.bmm(left, e[maps], out=x), torch.exp(T, out=y))
+                own, whole, d = e[maps, :, row], e[maps], dR[samples][maps]
+                left = torch.bmm(own.mT, d)
+                if tiles.log:
+                    dT.addcmul_(torch.bmm(left, whole, out=x), torch.exp(T, out=y))
                 else:
-                    dT.baddbmm_(left, e[maps])
+                    dT.baddbmm_(left, whole)
                 if with_dE:
                     # dE = dR E T^T + dR^T E T
-                    linear = y if rows.log else T
-                    de[maps, :, row] += torch.bmm(dR[samples][maps], torch.bmm(e[maps], linear.mT))
-                    de[maps] += torch.bmm(torch.bmm(dR[samples][maps].mT, e[maps, :, row]), linear)
-            rows.grad(maps, row, [*of_heads, x], T, dT, to_q, to_k)
-        dq[samples, :, :n], dk[samples, :, :n] = to_q.transpose(0, 1), to_k.transpose(0, 1)
+                    linear = y if tiles.log else T
+                    de[maps, :, row] += torch.bmm(d, torch.bmm(whole, linear.mT))
+                    de[maps].baddbmm_(torch.bmm(d.mT, own), linear)
+            tiles.grad(maps, row, [*of_heads, x], T, dT, to_q, to_k)
     return dq, dk, dE, dF, dG
 
 
 @_backward.register_fake
-def _(q: Tensor, k: Tensor, E: Tensor, F: Tensor, G: Tensor, *rest: Any) -> FiveTensors:
+def _(q: Tensor, k: Tensor, E: Tensor, F: Tensor, G: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     dq, dk, dE, dF, dG = (F.new_empty(x.shape) for x in (q, k, E, F, G))
     return dq, dk, dE, dF, dG
 
@@ -212,7 +205,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _tiles_again(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    """Computes the tiles again, without a graph: `first_derivative_only` refuses the second derivative."""
+    """Compute the tiles again, without a graph: `first_derivative_only` refuses the second derivative."""
     inputs = [x.detach() for x in (*ctx.saved_tensors, *grads)]
     with no_autocast(grads[0].device):
         results = _backward(*inputs, *ctx.options, ctx.needs_input_grad[2])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -19,8 +20,7 @@ from attncongruence.maps import zero_losses
 from attncongruence.streaming.forms import Form, Modality, SmallMaps
 from attncongruence.streaming.low_rank import low_rank_kl
 from attncongruence.streaming.mean_map import mean_map
-from attncongruence.streaming.ops import first_derivative_only, kernels
-from attncongruence.streaming.tiles import cache_bytes
+from attncongruence.streaming.operators import cache_bytes, first_derivative_only, kernels
 
 SHORTEST = 256
 """Tokens of the larger modality from which the streaming form can be faster than the dense one."""
@@ -84,60 +84,53 @@ def per_sample(source: Any, where: Located, form: Form, convention: Convention, 
         convention: and direction, as in `cacr_loss`.
     """
     query, key, scale = source.query, source.key, source.scale
+    heads, language, vision = query.shape[1], direction != "vision", direction != "language"
     with no_autocast(query.device):
         text, image = _modalities(query, key, where)
-        heads = query.shape[1]
         if not text.q.shape[2] or not image.q.shape[2] or not text.q.shape[0]:
             return zero_losses(query) + zero_losses(key)
         if convention.blocks == "scores":
             if convention.heads == "mean_map":
                 # mean_h scale q_h k_h^T: one head, with the heads' widths side by side
-                text, image, scale = _side_by_side(text), _side_by_side(image), scale / heads
-            sides = {"language": [(text, image)], "vision": [(image, text)], "both": [(text, image), (image, text)]}
-            losses = [_on_scores(own, other, scale, form, convention) for own, other in sides[direction]]
+                fold = "batch heads n width -> batch 1 n (heads width)"
+                text, image, scale = _folded(text, fold, 1), _folded(image, fold, 1), scale / heads
+            losses = [_on_scores(text, image, scale, form, convention)] if language else []
+            losses += [_on_scores(image, text, scale, form, convention)] if vision else []
             return losses[0] if len(losses) == 1 else losses[0] + losses[1]
         if convention.heads == "mean_loss":
-            text, image = _heads_as_samples(text), _heads_as_samples(image)
+            fold = "batch heads n width -> (batch heads) 1 n width"
+            text, image = _folded(text, fold, heads), _folded(image, fold, heads)
         if text.q.shape[2] > image.q.shape[2]:
             # The larger modality's map is the one that is never built.
-            text, image, direction = image, text, _OTHER_WAY[direction]
-        maps = SmallMaps(text, image, scale, convention, cross_grad=form.through_equivalence(convention))
-        loss = _on_probabilities(maps, form, direction)
+            text, image, language, vision = image, text, vision, language
+        loss = _on_probabilities(SmallMaps(text, image, scale, form, convention), form, language, vision)
         return loss.view(-1, heads).mean(1) if convention.heads == "mean_loss" else loss
 
 
-_OTHER_WAY: dict[Direction, Direction] = {"language": "vision", "vision": "language", "both": "both"}
-
-
 def _modalities(query: Tensor, key: Tensor, where: Located) -> tuple[Modality, Modality]:
-    """Queries and keys of text and of image."""
+    """Queries and keys of text and of image, 0 beyond a sample's own tokens, so that no NaN there can pass on."""
     both = both_modalities(where.text, where.image)
     places = where.spans if where.spans is not None and not where.padded else where.positions()
     q, k = first_derivative_only(query), first_derivative_only(key)
     if not kernels(q, k):
         q, k = at_least_float32(q), at_least_float32(k)
-    (q_text, q_image), (k_text, k_image) = take(q, places, -2), take(k, places, -2)
-    text = Modality(q_text, k_text, where.text.sum(-1) * both, where.padded)
-    image = Modality(q_image, k_image, where.image.sum(-1) * both, where.padded)
-    return _without_padding(text), _without_padding(image)
+    found = []
+    for q_own, k_own, tokens in zip(take(q, places, -2), take(k, places, -2), (where.text, where.image), strict=True):
+        lengths, mask = tokens.sum(-1) * both, None
+        if where.padded:
+            mask = torch.arange(q_own.shape[2], device=q_own.device) < lengths[:, None]
+            q_own, k_own = (x.masked_fill(~mask[:, None, :, None], 0.0) for x in (q_own, k_own))
+        found.append(Modality(q_own, k_own, lengths, mask))
+    return found[0], found[1]
 
 
-def _without_padding(x: Modality) -> Modality:
-    """Zeros beyond a sample's own tokens, so that nothing there, NaN included, can pass on."""
-    if x.token_mask is None:
-        return x
-    hidden = ~x.token_mask[:, None, :, None]
-    return Modality(x.q.masked_fill(hidden, 0.0), x.k.masked_fill(hidden, 0.0), x.lengths, x.padded)
-
-
-def _side_by_side(x: Modality) -> Modality:
-    q, k = (rearrange(t, "batch heads n width -> batch 1 n (heads width)") for t in (x.q, x.k))
-    return Modality(q, k, x.lengths, x.padded)
-
-
-def _heads_as_samples(x: Modality) -> Modality:
-    q, k = (rearrange(t, "batch heads n width -> (batch heads) 1 n width") for t in (x.q, x.k))
-    return Modality(q, k, x.lengths.repeat_interleave(x.q.shape[1], output_size=q.shape[0]), x.padded)
+def _folded(x: Modality, pattern: str, repeats: int) -> Modality:
+    """The heads folded into another dimension, and so many samples in place of one."""
+    lengths, mask = x.lengths, x.token_mask
+    if repeats > 1:
+        lengths = lengths[:, None].expand(-1, repeats).flatten()
+        mask = mask if mask is None else mask[:, None].expand(-1, repeats, -1).flatten(0, 1)
+    return Modality(rearrange(x.q, pattern), rearrange(x.k, pattern), lengths, mask)
 
 
 def _each_row(loss: Tensor, own: Modality, convention: Convention) -> Tensor:
@@ -155,9 +148,8 @@ def _on_scores(own: Modality, other: Modality, scale: float, form: Form, convent
     return _each_row(rows, own, convention).mean(1)
 
 
-def _on_probabilities(small: SmallMaps, form: Form, direction: Direction) -> Tensor:
+def _on_probabilities(small: SmallMaps, form: Form, language: bool, vision: bool) -> Tensor:
     """One side or both, where all blocks but VV are small enough to be built; `mean_map` replaces VV."""
-    language, vision = direction != "vision", direction != "language"
     text, image, convention = small.text, small.image, small.convention
     # What is asked of VV: E VV E^T, and the rows of FG^T against its own.
     E = form.projection(small) if language else None
