@@ -444,7 +444,7 @@ class Biased(QueryKey):
         (QueryKey(Q, K).scores, 4, None, "it was given scores, not queries and keys"),
         (split_attention(QueryKey(Q, K).scores, 4), None, None, "AttentionBlocks hold scores, not queries and keys"),
         (AttentionBlocks.from_streams(LL=Q @ K.mT, LV=Q @ K.mT, VV=Q @ K.mT), None, None, "AttentionBlocks"),
-        (Biased(Q, K), 4, None, r"scores are not scale query key\^T"),
+        (Biased(Q, K), 4, None, r"no query and key, as a layer whose model adds a bias"),
         (QueryKey(Q, K), 4, CAUSAL, r"which pairs may attend .*impl='auto'"),
         (QueryKey(Q, K), 10, None, "n_text=10 is out of range"),
         (QueryKey(Q, K), None, None, "n_text is missing"),

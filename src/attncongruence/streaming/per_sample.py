@@ -64,7 +64,7 @@ def streaming_or_dense(
         if where.allowed is not None:
             why = "a mask says which pairs may attend (causal attention, for instance)"
         elif attention.query is None:
-            why = "this layer's scores are not scale query key^T: its model adds a bias, caps or shifts them"
+            why = "it has no query and key, as a layer whose model adds a bias, caps or shifts its scores"
         elif impl == "streaming" or pays(attention.query, where.longest, convention):
             return where, True
     if impl == "streaming":
