@@ -1,4 +1,4 @@
-"""The doctor tells what is so: layers, layouts and losses on real models, troubles by name, code that runs."""
+"""The doctor tells what is so: layers, layouts and losses on real models, problems by name, code that runs."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attncongruence import PRINTED, TokenLayout, cacr_loss, capture_attention, iais_loss
 from attncongruence.doctor import examine
-from attncongruence.doctor.report import as_text
+from attncongruence.doctor.report import Problem, Report, as_text
 from tests.helpers import training
 from tests.helpers.models import ByHandAttention, Plain, X
 from tests.zoo import CASES, each, needs
@@ -188,15 +188,16 @@ def without_gradient(layer, x):
 def test_what_keeps_gradient_away_is_named(model, came, remedy):
     report = examine(model, X, 3)
     assert not report.ok
-    (trouble,) = report.troubles
-    assert came in trouble.came
-    assert remedy in trouble.remedy
+    (problem,) = report.problems
+    assert came in problem.came
+    assert remedy in problem.remedy
     assert report.losses[0].language > 0
     assert report.snippet is None
-    assert "TROUBLE 1" in as_text(report)
+    assert "\n\nPROBLEM 1\n" in as_text(report)
+    assert as_text(report).endswith("\n\nProblems: 1.")
 
 
-def test_a_frozen_layer_that_others_feed_is_no_trouble():
+def test_a_frozen_layer_that_others_feed_is_no_problem():
     model = Plain()
     model.second.requires_grad_(False)
     report = examine(model, X, 3, rounds=1)
@@ -208,16 +209,32 @@ def test_attention_that_cannot_be_seen():
     report = examine(nn.Sequential(nn.Linear(16, 16), ByHandAttention()), X, 3)
     assert report.attention == []
     assert report.unseen == {"1": "ByHandAttention"}
-    (trouble,) = report.troubles
-    assert "No softmax over a product of queries and keys" in trouble.came
+    (problem,) = report.problems
+    assert "No softmax over a product of queries and keys" in problem.came
     assert "not seen     1 (ByHandAttention)" in as_text(report)
+
+
+CODE = [
+    "model.get_submodule('encoder.layers.11.crossattention.self').requires_grad_(True)",
+    "gradient_checkpointing_kwargs={'use_reentrant': False}",
+    "TokenLayout.from_segments(text=pad(ids > 2, 40), image=torch.ones(2, 9))",
+]
+
+
+@pytest.mark.parametrize("code", CODE)
+def test_code_in_a_sentence_stays_in_one_piece(code):
+    for words in range(40):
+        problem = Problem("the queries are frozen", "gradient", f"{'word ' * words}write {code}, or {'word ' * 30}")
+        lines = as_text(Report("Model", problems=[problem])).splitlines()
+        assert sum(code in line for line in lines) == 1
+        assert all(len(line) < 100 for line in lines)
 
 
 def test_a_layout_against_the_pictures_is_told():
     model, inputs = CASES["git"].build()  # the image comes first
     report = examine(model, inputs, inputs["input_ids"].shape[1])
-    assert "positions that n_text calls text change with the pictures" in report.troubles[0].came
-    assert "Those that change: 0 to 4" in report.troubles[0].came
+    assert "positions that n_text calls text change with the pictures" in report.problems[0].came
+    assert "Those that change: 0 to 4" in report.problems[0].came
 
 
 @pytest.mark.parametrize("name", each(["lxmert", "blip_itm", "mllama", "grounding_dino", "timm_beit"], slow=False))
@@ -225,7 +242,7 @@ def test_without_a_joint_sequence_nothing_is_made_up(name):
     report = examine(*CASES[name].build(), rounds=1)
     assert not report.ok
     assert report.placed is None
-    assert ("AttentionBlocks.from_streams" in report.troubles[0].remedy) == (name != "timm_beit")
+    assert ("AttentionBlocks.from_streams" in report.problems[0].remedy) == (name != "timm_beit")
     assert all(line.isascii() and len(line) < 100 for line in as_text(report).splitlines())
 
 
@@ -236,7 +253,7 @@ def test_layouts_that_do_not_fit():
         (lambda batch, captured: "three", "it is a str, and must be an int"),
         (TokenLayout(torch.ones(1, 7, dtype=torch.bool), torch.zeros(1, 7, dtype=torch.bool)), "no sample has both"),
     ]:
-        assert came in examine(Plain(), X, said).troubles[0].came
+        assert came in examine(Plain(), X, said).problems[0].came
 
 
 def test_a_function_gets_batch_and_record_by_position():
@@ -253,9 +270,9 @@ def test_layers_and_direction_are_as_asked():
     assert 'capture_attention(model, "first.self_attn")' in report.snippet
     assert 'direction="vision"' in report.snippet
     assert examine(Plain(), X, 3, layers="first*attn", rounds=1).layer == "first.self_attn"
-    assert "means: first.self_attn (7 x 7), second" in examine(Plain(), X, 3, layers="*.self_attn").troubles[0].came
+    assert "means: first.self_attn (7 x 7), second" in examine(Plain(), X, 3, layers="*.self_attn").problems[0].came
     model, inputs = CASES["git"].build()
-    assert "'vision' is not defined" in examine(model, inputs, direction="vision").troubles[0].came
+    assert "'vision' is not defined" in examine(model, inputs, direction="vision").problems[0].came
 
 
 def test_the_model_is_left_as_found():
@@ -275,10 +292,10 @@ def test_the_model_is_left_as_found():
 
 
 def test_wrappers_and_broken_models():
-    (trouble,) = examine(nn.DataParallel(Plain()), X, 3).troubles
-    assert "DataParallel copies the model" in trouble.came
-    assert trouble.remedy == "examine model.module."
-    assert "raised AssertionError: was expecting" in examine(Plain(), (torch.zeros(1, 4, 5),), 3).troubles[0].came
+    (problem,) = examine(nn.DataParallel(Plain()), X, 3).problems
+    assert "DataParallel copies the model" in problem.came
+    assert problem.remedy == "examine model.module."
+    assert "raised AssertionError: was expecting" in examine(Plain(), (torch.zeros(1, 4, 5),), 3).problems[0].came
 
 
 def test_examine_rejects():

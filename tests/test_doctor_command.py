@@ -41,7 +41,8 @@ def test_exit_codes(folder, capsys):
     assert main(["doctor", "factories:good", "--rounds", "1"]) == 0
     assert capsys.readouterr().out.endswith("All fine.\n")
     assert main(["doctor", "factories:frozen"]) == 1
-    assert "second.self_attn.out_proj.bias are frozen" in re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "second.self_attn.out_proj.bias are frozen" in re.sub(r"\s+", " ", out := capsys.readouterr().out)
+    assert out.endswith("Problems: 1.\n")
     assert main(["doctor", "factories:unseen"]) == 1
     assert "no attention was seen" in capsys.readouterr().out
 
@@ -51,7 +52,7 @@ def test_json(folder, capsys):
     report = json.loads(capsys.readouterr().out)
     assert (report["ok"], report["layer"], report["placed"]["text"]) == (True, "first.self_attn", [3, 3])
     assert main(["doctor", "factories:frozen", "--json"]) == 1
-    assert "frozen" in json.loads(capsys.readouterr().out)["troubles"][0]["came"]
+    assert "frozen" in json.loads(capsys.readouterr().out)["problems"][0]["came"]
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,16 @@ def test_a_function_of_the_batch_that_asks_for_what_it_has_not(name):
     assert note == f"in regularize(..., {name}=): the batch, what the model was called with, has ['x']"
 
 
+def test_an_n_text_function_with_its_arguments_swapped():
+    model = Tiny()
+    message = r"^a record is indexed by samples, not by 'ids': n_text is called as \(batch, captured\)$"
+    with (
+        regularize(model, CACRLoss(), lambda captured, batch: batch["ids"].shape[1]),
+        pytest.raises(TypeError, match=message),
+    ):
+        model(randn(2, 5, 4, dtype=torch.float32))
+
+
 @pytest.mark.parametrize("came", [(torch.ones(2, 5),) * 2, [1, 2], 2.0, None])
 def test_an_n_text_function_that_returns_something_else(came):
     model = Tiny()
@@ -101,6 +111,22 @@ def test_what_was_taken_is_not_there_again():
             model(x)
             capture.pop()
             with pytest.raises(RuntimeError, match="taken before, and the model has not run since"):
+                capture.pop()
+            with torch.no_grad():
+                model(x)
+            with pytest.raises(RuntimeError, match="ran with gradients off"):
+                capture.pop()
+            model(x)
+            assert capture.pop().lengths == (9, 9)
+
+
+def test_what_was_dropped_is_not_blamed_on_torch_compile():
+    model, x = Tiny(), randn(2, 9, 4, dtype=torch.float32)
+    for layers in (-1, ""):
+        with capture_attention(model, layers) as capture:
+            model(x)
+            capture.forget()
+            with pytest.raises(RuntimeError, match=r"forget\(\) dropped its records, and the model has not run since"):
                 capture.pop()
             with torch.no_grad():
                 model(x)

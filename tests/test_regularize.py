@@ -237,7 +237,8 @@ def test_a_batch_of_negatives_adds_exactly_zero_with_a_graph(none, loss, layout,
     ("positives", "message"),
     [
         (torch.tensor([True, False]), r"mask of shape \(2,\), and the batch has 4 samples"),
-        (torch.tensor([1, 0, 1, 0]), r"positives=\[1, 0, 1, 0\] .* positives == 1"),
+        (torch.tensor([1, 0, 1, 0]), r"positives=\[1, 0, 1, 0\] .* pass a bool mask such as positives == 1"),
+        ([0, 1, 1, 0], r"positives=\[0, 1, 1, 0\] may be labels or indices"),
         (torch.tensor([0, 4]), "must name samples 0 to 3 once each"),
         (torch.tensor([0, -4]), "must name samples 0 to 3 once each"),
         (torch.tensor([1.0, 0.0]), "bool mask or a list of indices"),
@@ -248,6 +249,19 @@ def test_positives_that_do_not_fit(positives, message, x):
     model = Model()
     with regularize(model, CACRLoss(), n_text=TEXT, positives=positives), pytest.raises(ValueError, match=message):
         model(x)
+
+
+@pytest.mark.parametrize("labels", [[0], [1], [0, 0], [0, 1], [1, 0], [1, 1]])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+def test_zeros_and_ones_of_a_small_batch_are_not_taken_for_indices(labels, dtype, x):
+    model, batch = Model(), x[: len(labels)]
+    for positives in (labels, torch.tensor(labels, dtype=dtype), lambda batch: torch.tensor(labels, dtype=dtype)):
+        with regularize(model, CACRLoss(), n_text=TEXT, positives=positives) as regularizer:
+            with pytest.raises(ValueError, match=r"may be labels or indices: pass a bool mask such as positives == 1"):
+                model(batch)
+            assert regularizer.last is None
+    with regularize(model, CACRLoss(), n_text=TEXT, positives=torch.tensor(labels) == 1):
+        model(batch)
 
 
 @pytest.mark.parametrize("mask", ["token_mask", lambda batch: batch["token_mask"]])
@@ -379,11 +393,14 @@ def test_a_model_without_a_loss(output, what, x, monkeypatch):
         assert regularizer.last is None
 
 
+N_TEXT = r"it must be an int, a \(batch,\) integer tensor, a TokenLayout or a function \(batch, captured\)$"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_text": None}, "n_text=None is a NoneType: it must be an int"),
-        ({"n_text": "4"}, "n_text='4' is a str: it must be an int"),
+        ({"n_text": None}, f"n_text=None is a NoneType: {N_TEXT}"),
+        ({"n_text": "4"}, f"n_text='4' is a str: {N_TEXT}"),
         ({"n_text": lambda batch: 4}, "two positional arguments.*: write lambda batch, captured: "),
         ({"n_text": lambda: 4}, "two positional arguments.*: write lambda batch, captured: "),
         ({"n_text": lambda batch, *, captured: 4}, "two positional arguments.*: write lambda batch, captured: "),
@@ -401,6 +418,41 @@ def test_rejects(options, message):
     assert hook_count(model) == 0
     assert "forward" not in vars(model)
     assert len(_global_optimizer_post_hooks) == hooks
+
+
+LOSS = r"pass CACRLoss\(\), IAISLoss\(\) or a function \(captured, n_text\)$"
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ("cacr", f"^loss='cacr' is a str: {LOSS}"),
+        (None, f"^loss=None is a NoneType: {LOSS}"),
+        (torch.tensor(1.0), rf"^loss=tensor\(1.\) is a Tensor: {LOSS}"),
+        (CACRLoss, r"^loss is the class CACRLoss: pass CACRLoss\(\)$"),
+        (IAISLoss, r"^loss is the class IAISLoss: pass IAISLoss\(\)$"),
+    ],
+)
+def test_a_loss_that_cannot_be_called_is_refused_at_once(loss, message):
+    model = Model()
+    with pytest.raises(ValueError, match=message):
+        regularize(model, loss, n_text=TEXT)
+    assert hook_count(model) == 0
+
+
+def test_a_loss_that_is_no_tensor_is_refused(x):
+    model = Model()
+    with (
+        regularize(model, lambda captured, n_text: cacr_loss(captured, n_text).item(), n_text=TEXT),
+        pytest.raises(ValueError, match=r"^the loss returned a float: it must return one number as a tensor"),
+    ):
+        model(x)
+
+
+def test_a_weight_by_name_is_told_of_schedules():
+    allowed = r"it must be a number or a schedule such as exponential_warmup\(5000\)$"
+    with pytest.raises(TypeError, match=f"^weight='exponential' is a str: {allowed}"):
+        regularize(Model(), CACRLoss(), n_text=TEXT, weight="exponential")
 
 
 def test_n_text_must_be_given():

@@ -20,8 +20,9 @@ def test_regularize(data):
     odd = draw(st.sampled_from(["nothing"] * 4 + ["n_text", "weight", "positives"]))
     n_text = draw(st.sampled_from([length + 1, -1, "1", 1.0, None]) if odd == "n_text" else st.integers(0, length))
     weight = draw(st.sampled_from([math.nan, -1, "1"] if odd == "weight" else [0.5, 0, lambda step: 0.5]))
-    one, none, every = torch.tensor([0]), torch.zeros(0, dtype=torch.long), torch.ones(batch, dtype=torch.bool)
-    beyond = [one + batch, torch.ones(batch + 1, dtype=torch.bool), one.float()]
+    one, none, every = torch.tensor([-1]), torch.zeros(0, dtype=torch.long), torch.ones(batch, dtype=torch.bool)
+    labels = torch.arange(batch) % 2
+    beyond = [torch.tensor([batch]), torch.ones(batch + 1, dtype=torch.bool), one.float(), labels]
     positives = draw(st.sampled_from(beyond if odd == "positives" else [None, one, none, every, ~every]))
     x = randn(batch, length, 4, dtype=torch.float32)
     plain = model(x)["loss"]

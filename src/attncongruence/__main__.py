@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "doctor",
         help="whether the loss can train your model, and the code to write",
         description="Examines a model with one batch, and prints what was found and the code for the training loop.",
-        epilog="Exit status: 0 all fine, 1 trouble with the model, 2 a bad command line. More: docs/doctor.md.",
+        epilog="Exit status: 0 all fine, 1 a problem with the model, 2 a bad command line. More: docs/doctor.md.",
     )
     doctor.add_argument("factory", metavar="module:function", help=f"returns {_RETURNS}")
     doctor.add_argument("--layers", default="-1", help="one attention: a dotted name, or an int; -1: the last")

@@ -110,6 +110,19 @@ def operations(log: Log) -> str:
     return ", ".join(seen) or "none"
 
 
+def wrong_index(indices: list[int], count: int, log: Log) -> str:
+    """What to do where indices name no self-attention of a log that has `count`; "" where nothing attended."""
+    if not log:
+        return ""
+    choose = "None of them is a self-attention: name a layer or, if one is missing here, switch it to sdpa or eager."
+    if count:
+        choose = f"Choose {-count} to {count - 1}."
+    return (
+        f"layers={indices} counts self-attentions, and the forward pass ran {count}. Attention seen, queries x keys: "
+        f"{operations(log)}. {choose}"
+    )
+
+
 def candidates(model: nn.Module) -> str:
     """The last names of `find_attention`."""
     names = [name or "the model itself" for name in find_attention(model)]

@@ -111,6 +111,10 @@ class CapturedAttention(ScoreSource):
 
     def __getitem__(self, samples: Any) -> "CapturedAttention":
         """The same record for some samples only: an int, slice, list, index tensor or boolean mask over the batch."""
+        if isinstance(samples, str):
+            raise TypeError(
+                f"a record is indexed by samples, not by {samples!r}: n_text is called as (batch, captured)"
+            )
         index = [samples] if isinstance(samples, int) else samples
 
         def pick(tensor: Tensor) -> Tensor:

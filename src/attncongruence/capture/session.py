@@ -18,6 +18,11 @@ _REENTRANT = (
     "under reentrant checkpointing (pass use_reentrant=False to torch.utils.checkpoint, or "
     "gradient_checkpointing_kwargs={'use_reentrant': False})"
 )
+_TAKEN = (
+    "its record was taken before, and the model has not run since. Each record can be taken once: keep what pop() "
+    "returned."
+)
+_DROPPED = "forget() dropped its records, and the model has not run since."
 Layers = int | str | nn.Module | Iterable[int | str | nn.Module]
 
 
@@ -81,8 +86,9 @@ class AttentionCapture:
         self._keep: dict[str, set[int]] = {}  # which operations of a layer, where it attends several times
         self._thread = _ThisThread()
         self._ran: set[bool] = set()  # since the last pop: whether gradients were on, for each pass of the model
-        self._trouble = ""  # what was wrong with the indices
-        self._closed = self._warned = self._popped = False
+        self._wrong_index = ""  # why the indices name no layer
+        self._gone = ""  # where the records of earlier passes are
+        self._closed = self._warned = False
         hook = uncompiled_hook()
         self._handles = hook_module(self.model, hook(self._begin), hook(self._end))
         try:
@@ -114,14 +120,12 @@ class AttentionCapture:
         Raises:
             RuntimeError: there is none, or no gradient can flow from one; the message says why.
         """
-        records, self._records = self._waiting(), []
+        records = self._waiting()
         if not self._thread.running:
             self._thread.count = {}
         if not records:
             raise RuntimeError(f"nothing was captured: {self._why_nothing()}")
-        self._popped = True
-        for ran in (self._ran, *(watch.ran for watch in self._watches)):
-            ran.clear()
+        self._start_over(_TAKEN)
         for record in records:
             if not (self.analysis or record.requires_grad):
                 raise RuntimeError(
@@ -133,7 +137,7 @@ class AttentionCapture:
 
     def forget(self) -> None:
         """Drops all records since the last pop, however many there are."""
-        self._records, self._log = [], []
+        self._start_over(_DROPPED)
 
     def close(self) -> None:
         """Takes every hook off and forgets all records: the model is as it was found."""
@@ -151,6 +155,12 @@ class AttentionCapture:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _start_over(self, gone: str) -> None:
+        """Only what runs from now on counts: for records, and for the reason why there is none."""
+        self._records, self._log, self._gone = [], [], gone
+        for ran in (self._ran, *(watch.ran for watch in self._watches)):
+            ran.clear()
 
     def _watch(self, layers: Iterable[str | nn.Module]) -> None:
         for name, module in find.select_modules(self.model, layers).items():
@@ -217,14 +227,11 @@ class AttentionCapture:
 
     def _choose(self) -> None:
         log, self._log = self._log, []
-        found = find.self_attention(log)
+        found, self._wrong_index = find.self_attention(log), ""
         try:
             chosen = [found[index] for index in self._indices]
         except IndexError:
-            self._trouble = (
-                f"layers={self._indices} counts self-attentions, and the forward pass ran {len(found)}. Attention "
-                f"seen, queries x keys: {find.operations(log)}. "
-            )
+            self._wrong_index = find.wrong_index(self._indices, len(found), log)
             return
         for name, _, operation in chosen:
             crossed = dict.fromkeys(n for n, o in log if find.crosses(o) and o.lengths[0] == operation.lengths[0])
@@ -253,15 +260,10 @@ class AttentionCapture:
             return "this capture is closed. Make a new one with capture_attention(model)."
         layers_ran = [watch.ran for watch in self._watches if watch.ran]
         if not self._ran and not layers_ran:
-            if self._popped:
-                return (
-                    "its record was taken before, and the model has not run since. Each record can be taken once: keep "
-                    "what pop() returned."
-                )
-            return (
-                f"{type(self.model).__name__} has not run since capture began, or it ran in a way that calls no hooks "
-                "(model.forward(...) called directly, TorchScript). Call model(...), or name a layer inside the part "
-                f"that runs: {find.candidates(self.model)}."
+            return self._gone or (
+                f"{type(self.model).__name__} has not run since capture began: call model(...) first. If it has, its "
+                "hooks were not called: TorchScript calls none, and a direct model.forward(...) only those of "
+                f"submodules. Then name a layer inside the part that runs: {find.candidates(self.model)}."
             )
         if not self.analysis and (self._ran == {False} or any(False in ran for ran in layers_ran)):
             return (
@@ -275,7 +277,7 @@ class AttentionCapture:
                 "compiled and had run before capture began, and compiled code never calls hooks added later: call "
                 "capture_attention before the first compiled run, or torch.compiler.reset() after it."
             )
-        return self._trouble + find.nothing_seen(self.model)
+        return self._wrong_index or find.nothing_seen(self.model)
 
 
 class _ThisThread(threading.local):

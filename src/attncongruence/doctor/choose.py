@@ -16,7 +16,7 @@ from attncongruence.blocks import NText, locate
 from attncongruence.capture import CapturedAttention
 from attncongruence.capture.find import crosses, nothing_seen, operations, select_modules, self_attention
 from attncongruence.capture.product import Log
-from attncongruence.doctor.report import TokenPlaces, TroubleFound, kind_of, within
+from attncongruence.doctor.report import ProblemFound, TokenPlaces, kind_of, within
 from attncongruence.layout import TokenLayout
 from attncongruence.training.term import Batch, NTextOrFunction
 
@@ -55,9 +55,9 @@ def candidates(model: nn.Module, log: Log, layers: Layer) -> list[Candidate]:
     """The self-attentions that `layers` allows, best first; a ValueError where there is no such layer."""
     found = self_attention(log)
     if not log:
-        raise TroubleFound(f"no attention was seen. {nothing_seen(model)}", _NEED, _DOCS)
+        raise ProblemFound(f"no attention was seen. {nothing_seen(model)}", _NEED, _DOCS)
     if not found:
-        raise TroubleFound("only attention between two sequences was seen", _NEED, _STREAMS)
+        raise ProblemFound("only attention between two sequences was seen", _NEED, _STREAMS)
     names = [name for name, _, _ in found]
     every = []
     for index, (name, number, seen) in enumerate(found, -len(found)):
@@ -74,7 +74,7 @@ def candidates(model: nn.Module, log: Log, layers: Layer) -> list[Candidate]:
     inside = [(name, seen) for name, seen in log if any(within(name, path) for path in paths)]
     selected = [one for one in every if any(one.record.layer == name for name, _ in inside)]
     if len(inside) != 1 or not selected:
-        raise TroubleFound(f"layers={layers!r} means: {operations(inside)}", _NEED, f"name one of them, or {_STREAMS}")
+        raise ProblemFound(f"layers={layers!r} means: {operations(inside)}", _NEED, f"name one of them, or {_STREAMS}")
     return selected
 
 
@@ -95,7 +95,7 @@ def choose(
                 return candidate, proposal, _places(record, proposal, _changed(log, other, record))
             except ValueError as error:
                 refused.append(str(error))
-    raise TroubleFound(
+    raise ProblemFound(
         refused[0] if refused else "n_text was not given, and cannot be guessed from the batch",
         "a layout of the joint sequence that the layer attends over, with text and image in it",
         _N_TEXT + (f" If no layer attends over both, {_STREAMS}" if any(crosses(seen) for _, seen in log) else ""),

@@ -12,7 +12,7 @@ from attncongruence.capture.find import crosses
 from attncongruence.capture.session import unwrapped
 from attncongruence.doctor import measure
 from attncongruence.doctor.choose import Layer, candidates, choose, other_pictures
-from attncongruence.doctor.report import AttentionCall, Report, Trouble, TroubleFound, suggest_code, within
+from attncongruence.doctor.report import AttentionCall, Problem, ProblemFound, Report, suggest_code, within
 from attncongruence.training.term import NTextOrFunction, batch_of
 
 
@@ -42,7 +42,7 @@ def examine(
         rounds: number of timed rounds, >= 1.
 
     Returns:
-        A `Report`. What is wrong with the model is among its `troubles`.
+        A `Report`. What is wrong with the model is among its `problems`.
 
     Raises:
         ValueError: a model or a batch of another type, an unknown direction, no such layer, no round.
@@ -74,11 +74,11 @@ def examine(
     with measure.as_found(inner, batch):
         try:
             _examine(inner, batch, report, n_text, layers, direction, rounds)
-        except TroubleFound as found:
-            report.troubles.append(Trouble(*found.args))
+        except ProblemFound as found:
+            report.problems.append(Problem(*found.args))
     report.restored = measure.hooks(inner) == hooks
     if not report.restored:
-        report.troubles.append(Trouble("hooks are left on the model", "a model without them", "report this model."))
+        report.problems.append(Problem("hooks are left on the model", "a model without them", "report this model."))
     return report
 
 
@@ -101,7 +101,7 @@ def _examine(
         remedy = "check both where the factory makes them: shapes, devices, labels."
         if isinstance(model, nn.DataParallel):
             remedy = "examine model.module."
-        raise TroubleFound(came, "a model and a batch that make a training step", remedy) from error
+        raise ProblemFound(came, "a model and a batch that make a training step", remedy) from error
     for name, seen in log:
         kind = "cross" if crosses(seen) else "self"
         report.attention.append(AttentionCall(name, kind, CapturedAttention(name, seen).heads, *seen.lengths))
@@ -127,7 +127,7 @@ def _examine(
         with capture_attention(model, chosen.record.layer, analysis=True):
             report.unchanged = measure.same(plain, measure.call(model, inputs))
         if not report.unchanged:
-            raise TroubleFound("the output changes when the layer is captured", "the same output", "report this model.")
+            raise ProblemFound("the output changes when the layer is captured", "the same output", "report this model.")
     else:
         report.notes.append("The model does not repeat itself under one seed, so its outputs cannot be compared.")
 
@@ -151,7 +151,7 @@ def _direction(report: Report, wanted: Direction | None) -> Direction:
     all_pairs = placed.seen_by_image == placed.seen_by_text == 1
     way = wanted or ("both" if all_pairs else "vision" if released.language is None else "language")
     if getattr(released, way) is None:
-        raise TroubleFound(f"direction={way!r} is not defined here", "a direction that is defined", released.why)
+        raise ProblemFound(f"direction={way!r} is not defined here", "a direction that is defined", released.why)
     if wanted is None and way == "language" and released.vision is not None:
         report.notes.append(
             f"Image tokens see {placed.seen_by_image:.0%} of the text: vision is defined but means little, so the "

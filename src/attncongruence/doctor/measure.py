@@ -21,7 +21,7 @@ from attncongruence.blocks import NText
 from attncongruence.capture import CapturedAttention, capture_attention
 from attncongruence.capture.find import named_modules, watch_model
 from attncongruence.capture.product import Log
-from attncongruence.doctor.report import Captured, Gradient, LossRow, Overhead, TroubleFound, listing, within
+from attncongruence.doctor.report import Captured, Gradient, LossRow, Overhead, ProblemFound, listing, within
 from attncongruence.losses import LOSSES, cacr_loss, congruence_loss
 from attncongruence.training.term import loss_in
 
@@ -151,7 +151,7 @@ class Step:
         return output, cacr_loss(record, self.n_text, direction=self.direction)
 
     def gradient(self) -> Gradient:
-        """Which parameters the congruence loss alone trains; TroubleFound where it trains none."""
+        """Which parameters the congruence loss alone trains; ProblemFound where it trains none."""
         _, congruence = self._run()
         if congruence.requires_grad:
             congruence.backward()
@@ -168,7 +168,7 @@ class Step:
             raise self._no_gradient(frozen)
         return Gradient(reached, [name for name in inside if name not in reached + frozen], frozen, elsewhere)
 
-    def _no_gradient(self, frozen: list[str]) -> TroubleFound:
+    def _no_gradient(self, frozen: list[str]) -> ProblemFound:
         layer = self.layer or "the model"
         module, checkpointed = self._gradients_off()
         if checkpointed:
@@ -185,7 +185,7 @@ class Step:
             came = f"the gradient of the scores of {layer} reaches no parameter: the layer detaches its queries and "
             came += "keys, or the congruence loss of this batch has a gradient of exactly 0."
             remedy = "remove the detach(), or try another batch."
-        return TroubleFound(came, f"gradient from the scores of {layer} to at least one parameter", remedy)
+        return ProblemFound(came, f"gradient from the scores of {layer} to at least one parameter", remedy)
 
     def _gradients_off(self) -> tuple[str, bool]:
         """The outermost module around the layer that runs without gradients, and whether checkpointing is why."""

@@ -11,13 +11,16 @@ from typing import Any
 
 from attncongruence.training.term import loss_in
 
+# A call with its arguments, or a dict: no line of the text breaks inside, so that it can be copied.
+_CODE = re.compile(r"[\w.\]]+\((?:[^()]|\([^()]*\))*\)|\{[^{}]*\}")
 
-class TroubleFound(Exception):
-    """Ends the examination; its arguments are those of a `Trouble`."""
+
+class ProblemFound(Exception):
+    """Ends the examination; its arguments are those of a `Problem`."""
 
 
 @dataclass(frozen=True)
-class Trouble:
+class Problem:
     """Something that keeps the loss from training this model."""
 
     came: str  # what was found
@@ -95,7 +98,7 @@ class Overhead:
 
 @dataclass
 class Report:
-    """All that `examine` found. Parts that could not be examined are None or empty; a trouble says why."""
+    """All that `examine` found. Parts that could not be examined are None or empty; a problem says why."""
 
     model: str
     batch_size: int | None = None
@@ -123,12 +126,12 @@ class Report:
     one_line: str | None = None
     """The same with `regularize`; None where the model returns no loss."""
     notes: list[str] = field(default_factory=list)
-    troubles: list[Trouble] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
         """Whether the loss can train this model as it is."""
-        return not self.troubles
+        return not self.problems
 
 
 def within(name: str, path: str) -> bool:
@@ -148,7 +151,10 @@ def listing(items: Iterable[object], most: int = 6) -> str:
 
 
 def as_text(report: Report) -> str:
-    """The report for a terminal: ASCII, narrower than 100 columns, without the parts that could not be examined."""
+    """The report for a terminal: ASCII, without the parts that could not be examined.
+
+    Lines are narrower than 100 columns, unless one name or one piece of code is longer.
+    """
     size = "" if report.batch_size is None else f", a batch of {report.batch_size}"
     parts = [f"{report.model}{size}, in training mode", _attention(report)]
     parts.append(_captured(report.captured) if report.captured else "")
@@ -160,10 +166,10 @@ def as_text(report: Report) -> str:
         one_line = report.one_line or "# regularize adds to the loss that a model returns: this model returned none."
         parts += ["CODE FOR YOUR TRAINING LOOP", report.snippet, "OR, FOR A TRAINER THAT YOU CANNOT EDIT", one_line]
     parts.append(_section("notes", [("-", note) for note in report.notes]))
-    for number, trouble in enumerate(report.troubles, 1):
-        lines = [("found", trouble.came), ("needed", trouble.allowed), ("do", trouble.remedy)]
-        parts.append(_section(f"trouble {number}", lines))
-    parts.append("All fine." if report.ok else f"Trouble: {len(report.troubles)}.")
+    for number, problem in enumerate(report.problems, 1):
+        lines = [("found", problem.came), ("needed", problem.allowed), ("do", problem.remedy)]
+        parts.append(_section(f"problem {number}", lines))
+    parts.append("All fine." if report.ok else f"Problems: {len(report.problems)}.")
     return "\n\n".join(part for part in parts if part).encode("ascii", "backslashreplace").decode()
 
 
@@ -173,7 +179,12 @@ def _section(title: str, lines: list[tuple[str, str]], table: Iterable[str] = ()
     for key, value in lines:
         start = "  - " if key == "-" else f"  {key:<13}"
         if value:
-            parts.append(textwrap.fill(start + value, 96, subsequent_indent=" " * len(start), break_on_hyphens=False))
+            whole = _CODE.sub(lambda code: code[0].replace(" ", "\0"), value)
+            indent = " " * len(start)
+            filled = textwrap.fill(
+                start + whole, 96, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+            )
+            parts.append(filled.replace("\0", " "))
     return "\n".join(parts) if len(parts) > 1 else ""
 
 

@@ -72,7 +72,8 @@ def regularize(
         layers: as in `capture_attention`; the losses of several layers are averaged.
         weight: lambda, a number >= 0 or a schedule: any function step -> weight.
         positives: which samples count: a `(batch,)` bool mask, indices, or a function `(batch)`; None: all. Leave out
-            the negatives of image-text matching. If no sample is left, the loss is exactly 0 and has a graph.
+            the negatives of image-text matching. If no sample is left, the loss is exactly 0 and has a graph. For
+            labels of 0 and 1 pass `labels == 1`: as many zeros and ones as there are samples are refused.
         mask: the mask to pass to the loss: the name of a batch entry, or a function `(batch)`; None: the loss uses what
             the captured layer masks.
 
@@ -80,9 +81,10 @@ def regularize(
         A `Regularizer`. It lives as long as the model, even if you do not keep it.
 
     Raises:
-        ValueError: an `n_text` of another type, or a function that does not take `(batch, captured)`; a weight < 0; no
-            such layer. In training: a model that returns no loss, a loss that is not one number, positives that do not
-            fit the batch.
+        ValueError: a `loss` that cannot be called; an `n_text` of another type, or a function that does not take
+            `(batch, captured)`; a weight < 0; no such layer. In training: a model that returns no loss, a loss that is
+            not one number in a tensor, positives that do not fit the batch.
+        TypeError: a weight that is neither a number nor a function.
         RuntimeError: nothing was captured (the message says why); an optimizer steps on a model that was never
             regularized; the micro-batch's weight in the step cannot be known.
 
@@ -133,10 +135,13 @@ class Regularizer:
         self, model: nn.Module, term: CongruenceTerm, layers: Layers, weight: float | Callable[[int], float]
     ) -> None:
         if not callable(weight):
-            number("weight", weight)
+            schedule = "or a schedule such as exponential_warmup(5000)"
+            try:
+                number("weight", weight)
+            except TypeError as error:
+                raise TypeError(f"{error} {schedule}") from None
             if not 0 <= weight < math.inf:
-                allowed = "must be >= 0 and finite, or a schedule such as exponential_warmup(5000)"
-                raise ValueError(f"weight={weight!r} {allowed}")
+                raise ValueError(f"weight={weight!r} must be >= 0 and finite, {schedule}")
         self.model = unwrapped(model)
         self._term, self._weight = term, weight
         if any(str(other._term.loss) == str(term.loss) for other in _open_on({self.model})):

@@ -61,8 +61,15 @@ class CongruenceTerm:
     mask: str | Callable[[Batch], Tensor] | None
 
     def __post_init__(self) -> None:
+        if isinstance(self.loss, type):
+            name = self.loss.__name__
+            raise ValueError(f"loss is the class {name}: pass {name}()")
+        if not callable(self.loss):
+            came = f"loss={self.loss!r} is a {type(self.loss).__name__}"
+            raise ValueError(f"{came}: pass CACRLoss(), IAISLoss() or a function (captured, n_text)")
         if not callable(self.n_text):
-            _check_n_text(f"n_text={self.n_text!r} is", self.n_text)
+            allowed = "an int, a (batch,) integer tensor, a TokenLayout or a function (batch, captured)"
+            _check_n_text(f"n_text={self.n_text!r} is", self.n_text, allowed)
         elif not _takes_two(self.n_text):
             raise ValueError(
                 f"n_text={self.n_text!r} must take two positional arguments, since it is called with the batch and a "
@@ -87,7 +94,8 @@ class CongruenceTerm:
         n_text: Any = self.n_text
         if callable(n_text):
             n_text = _call("n_text", n_text, batch, captured)
-            _check_n_text("n_text(batch, captured) returned", n_text)
+            allowed = "an int, a (batch,) integer tensor or a TokenLayout"
+            _check_n_text("n_text(batch, captured) returned", n_text, allowed)
         _warn_if_empty(n_text, captured)
         if isinstance(n_text, Tensor | TokenLayout):
             n_text = n_text.to(captured.device)
@@ -101,6 +109,9 @@ class CongruenceTerm:
             if mask is not None and mask.shape[0] == size:
                 mask = mask[selected]
         loss = self.loss(captured, n_text) if mask is None else self.loss(captured, n_text, mask=mask)
+        if not isinstance(loss, Tensor):
+            kind = type(loss).__name__
+            raise ValueError(f"the loss returned a {kind}: it must return one number as a tensor, as CACRLoss() does")
         if loss.ndim:
             shape = tuple(loss.shape)
             raise ValueError(f"the loss has shape {shape}: it must be one number, as reduction='mean' gives")
@@ -126,10 +137,9 @@ def _takes_two(function: Callable[..., Any]) -> bool:
     return True
 
 
-def _check_n_text(came: str, n_text: object) -> None:
+def _check_n_text(came: str, n_text: object, allowed: str) -> None:
     if not isinstance(n_text, numbers.Integral | Tensor | TokenLayout):
-        kind = type(n_text).__name__
-        raise ValueError(f"{came} a {kind}: it must be an int, a (batch,) integer tensor or a TokenLayout")
+        raise ValueError(f"{came} a {type(n_text).__name__}: it must be {allowed}")
 
 
 def _warn_if_empty(n_text: int | Tensor | TokenLayout, captured: CapturedAttention) -> None:
@@ -166,6 +176,11 @@ def _select(positives: Positives, batch_size: int, device: torch.device) -> Tens
             "indices. Make a mask of labels with labels == 1"
         )
     indices = selected.tolist()
+    if len(indices) == batch_size and set(indices) <= {0, 1}:
+        raise ValueError(
+            f"positives={indices} may be labels or indices: pass a bool mask such as positives == 1, or leave "
+            "positives out if all samples count"
+        )
     in_range = all(-batch_size <= index < batch_size for index in indices)
     if not in_range or len({index % batch_size for index in indices}) < len(indices):
         raise ValueError(
