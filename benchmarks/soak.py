@@ -171,7 +171,7 @@ def table(results: dict[str, Any]) -> str:
         "hooks on the model at each count": ", ".join(
             map(str, sorted({count["hooks"] for count in results["counts"]}))
         ),
-        "hooks left afterwards": results["hooks_left"],
+        "hooks left afterward": results["hooks_left"],
     }
     lines = [f"| {name} | {f'{value:,}' if isinstance(value, int) else value} |" for name, value in rows.items()]
     return "\n".join(["| soak | |", "| --- | ---: |", *lines])

@@ -23,6 +23,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 # Public, but not imported by the root: they need a framework, or are a tool of their own.
 APART = ("integrations.huggingface", "integrations.lightning", "viz", "doctor")
+# The table of losses is public, the functions around it are not.
+OF_LOSSES = ("CongruenceLoss", "LOSSES", "congruence_loss")
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +130,7 @@ def test_the_changelog_is_the_one_of_the_repository(site):
 
 def public_names():
     names = [f"attncongruence.{name}" for name in attncongruence.__all__]
+    names += [f"attncongruence.losses.{name}" for name in OF_LOSSES]
     for part in APART:
         if importlib.util.find_spec(f"attncongruence.{part}") is None:
             continue

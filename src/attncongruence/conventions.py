@@ -28,7 +28,7 @@ class Convention:
             this is a second softmax.
         iais_target_softmax: the same for IAIS.
         rows: whether a sample's loss is the mean over its rows (a `batchmean`) or their sum (Eq. 4).
-        epsilon: added inside the logarithms of IAIS's distributed alignment, > 0.
+        epsilon: added in the second logarithm of each term of IAIS's distributed alignment, > 0.
 
     Raises:
         ValueError: an unknown word, a temperature or epsilon <= 0, or a target of raw scores without a softmax.

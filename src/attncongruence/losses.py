@@ -90,7 +90,7 @@ def cacr_loss(
         CACR (Pandey et al., ACL 2023), Eq. 3 to 5 and Algorithm 1; `docs/paper-map.md`.
 
     Example:
-        Two text tokens look at one image token, so E is a column of ones, R is constant and sigma(R) = (1/2, 1/2). With
+        Two text tokens attend to one image token, so E is a column of ones, R is constant and sigma(R) = (1/2, 1/2). With
         LL = (log 3, 0) in both rows, m-KL of (1/2, 1/2) and (3/4, 1/4) is log(3) / 4.
 
         >>> S = torch.zeros(1, 3, 3)
@@ -117,8 +117,8 @@ def iais_loss(
 
     `"singular"`: each text token is replaced by the image token that it attends to most, so that
     `R[i, j] = VV[argmax LV[i], argmax LV[j]]` and the loss is m-KL(sigma(R), A_LL). `"distributed"`: the text
-    attention is compared with the way through the image and back, m-KL(A_LL, A_LV A_VL), with an epsilon inside the
-    logarithms; it is defined only for conventions on probabilities.
+    attention is compared with the way through the image and back, m-KL(A_LL, A_LV A_VL), with an epsilon in the second
+    logarithm of each term; it is defined only for conventions on probabilities.
 
     Args:
         attention: as for `cacr_loss`, and so are all other arguments but

@@ -190,14 +190,14 @@ def argmax_entropy(
     direction: OneDirection = "language",
     reduction: Reduction = "mean",
 ) -> Float[Tensor, "..."]:
-    """How many image tokens the text looks at: the entropy of the places of its highest attention.
+    """How many image tokens the text attends to: the entropy of the places of its highest attention.
 
     With `a_i = argmax_k A_LV[i, k]` and `p_k` the share of text tokens with `a_i = k`,
 
         H = - sum_k p_k log p_k
 
-    It is 0 if all text tokens look at one image token, as they do when attention has collapsed; hard equivalence then
-    compares the text with a single region. For `direction="vision"` it says how many text tokens the image looks at,
+    It is 0 if all text tokens attend to one image token, as they do when attention has collapsed; hard equivalence then
+    compares the text with a single region. For `direction="vision"` it says how many text tokens the image attends to,
     from A_VL.
 
     Args:
@@ -218,7 +218,7 @@ def argmax_entropy(
         After CACR (Pandey et al., ACL 2023), Section 5.2; `docs/paper-map.md`.
 
     Example:
-        Of four tokens, two look at image token 0, one at 1 and one at 2: H = log(2) / 2 + log(4) / 2.
+        Of four tokens, two attend to image token 0 most, one at 1 and one at 2: H = log(2) / 2 + log(4) / 2.
 
         >>> S = torch.zeros(1, 7, 7)
         >>> S[0, torch.arange(4), torch.tensor([4, 4, 5, 6])] = 1.0

@@ -25,8 +25,8 @@ library, with the attention kernel that it runs by default. transformers {transf
 
 - **layer**: the captured layer, among the last of two or three. *-1*: whether `capture_attention(model)` finds it.
 - **error**: largest difference between `.probs` and the model's own eager attention, over rows of real tokens.
-- **q, k**: whether `.query` and `.key` are available, so that the pooled form of the loss can be used; otherwise only
-  `.scores`.
+- **q, k**: whether `.query` and `.key` are available, so that the streaming form of the loss can be used; otherwise
+  only `.scores`.
 - **direction**: the directions in which `cacr_loss` makes sense. In a causal decoder an image token sees only the text
   before it. Where the model allows only a part of the block VL, the share is given; if it is small, leave the vision
   direction out.

@@ -68,7 +68,7 @@ def hooks(model: nn.Module) -> int:
 
 @contextmanager
 def as_found(model: nn.Module, inputs: Inputs) -> Iterator[None]:
-    """Training mode with gradients on; afterwards modes, gradients, buffers and random numbers are as before."""
+    """Training mode with gradients on; afterward modes, gradients, buffers and random numbers are as before."""
     values = inputs.values() if isinstance(inputs, Mapping) else inputs
     leaves = [*model.parameters(), *(t for t in values if isinstance(t, Tensor) and t.is_leaf)]
     grads = [(leaf, leaf.grad) for leaf in leaves]

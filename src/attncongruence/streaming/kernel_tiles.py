@@ -39,7 +39,7 @@ INTERPRETED = constexpr(not isinstance(tile, triton.JITFunction))
 def rounded(x, like):
     """A float32 tile in another one's dtype, to the nearest."""
     if INTERPRETED and like.dtype == tl.bfloat16:
-        # The interpreter rounds towards 0. Carry half a unit into the first 16 bits, ties to even, and drop the others.
+        # The interpreter rounds toward 0. Carry half a unit into the first 16 bits, ties to even, and drop the others.
         bits = x.to(tl.int32, bitcast=True)
         x = (((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16).to(tl.float32, bitcast=True)
     return x.to(like.dtype)

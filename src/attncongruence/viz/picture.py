@@ -59,8 +59,8 @@ def plot_token_attention(
         attention: as in `plot_blocks`, like `n_text`, `mask`, `sample`, `head`, `figure` and the labels.
         image: a PIL image, or an array or tensor `(height, width, 3)`, uint8 or floats from 0 to 1.
         token: index of the word among the sample's real text tokens.
-        block: `"LV"`: where the word looks, its row of A_LV = softmax(LV), which sums to 1; `"VL"`: what looks at the
-            word, its column of A_VL = softmax(VL), one probability for each image token.
+        block: `"LV"`: what the word attends to, its row of A_LV = softmax(LV), which sums to 1; `"VL"`: what attends to
+            the word, its column of A_VL = softmax(VL), one probability for each image token.
         boxes: `(image tokens, 4)`: left, top, right, bottom of each real image token in pixels of `image`. Use it for
             regions, and for patches that are not in reading order (ViLT shuffles them: `docs/pictures.md`).
         grid: `(rows, columns)` of patches in reading order that cover the image, instead of boxes. The image's own
@@ -80,7 +80,7 @@ def plot_token_attention(
         After CACR (Pandey et al., ACL 2023), Figures 4 and 5; IAIS (Ren et al., ACL 2021), Section 3, for a_i.
 
     Example:
-        Of two regions, side by side, the word looks at the second.
+        Of two regions, side by side, the word attends most to the second.
 
         >>> S = torch.zeros(1, 3, 3)
         >>> S[0, 0, 2] = torch.tensor(3.0).log()
