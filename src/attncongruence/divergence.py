@@ -71,7 +71,7 @@ def m_kl(a: Tensor, b: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def distributed_kl(P: Tensor, T: Tensor, epsilon: float) -> Tensor:
-    """IAIS's divergence of two maps of probabilities, row by row, in both directions, epsilon in the second logarithm."""
+    """IAIS's divergence of two maps of probabilities, row by row, both directions, epsilon in the second logarithm."""
     # sum_j P_j log(P_j / (T_j + eps)) + T_j log(T_j / (P_j + eps))
     # The floor keeps the gradient of P log P finite at P = 0.
     log_P, log_T = (x.clamp_min(torch.finfo(x.dtype).tiny).log() for x in (P, T))

@@ -90,8 +90,8 @@ def cacr_loss(
         CACR (Pandey et al., ACL 2023), Eq. 3 to 5 and Algorithm 1; `docs/paper-map.md`.
 
     Example:
-        Two text tokens attend to one image token, so E is a column of ones, R is constant and sigma(R) = (1/2, 1/2). With
-        LL = (log 3, 0) in both rows, m-KL of (1/2, 1/2) and (3/4, 1/4) is log(3) / 4.
+        Two text tokens attend to one image token, so E is a column of ones, R is constant and sigma(R) = (1/2, 1/2).
+        With LL = (log 3, 0) in both rows, m-KL of (1/2, 1/2) and (3/4, 1/4) is log(3) / 4.
 
         >>> S = torch.zeros(1, 3, 3)
         >>> S[0, :2, 0] = torch.tensor(3.0).log()
