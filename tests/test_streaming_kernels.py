@@ -15,7 +15,7 @@ def device(monkeypatch):
     if torch.cuda.is_available():
         return "cuda"
     for module in (low_rank, mean_map, per_sample):
-        monkeypatch.setattr(module, "kernels", low_rank_kernels.supported)
+        monkeypatch.setattr(module, "has_kernels", low_rank_kernels.supported)
     return "cpu"
 
 

@@ -84,7 +84,7 @@ class AttentionCapture:
         self._finder: Watch | None = None
         self._log: Log = []  # what attended in passes through parts of the model
         self._keep: dict[str, set[int]] = {}  # which operations of a layer, where it attends several times
-        self._thread = _ThisThread()
+        self._thread = _CurrentPass()
         self._ran: set[bool] = set()  # since the last pop: whether gradients were on, for each pass of the model
         self._wrong_index = ""  # why the indices name no layer
         self._gone = ""  # where the records of earlier passes are
@@ -280,7 +280,7 @@ class AttentionCapture:
         return self._wrong_index or find.nothing_seen(self.model)
 
 
-class _ThisThread(threading.local):
+class _CurrentPass(threading.local):
     """This thread's forward pass through the model."""
 
     running, token = False, object()  # the token tells the records of one pass from those of another

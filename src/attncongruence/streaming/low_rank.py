@@ -14,7 +14,15 @@ from torch import Tensor
 
 from attncongruence._compat import mapped
 from attncongruence._typing import at_least_float32
-from attncongruence.streaming.operators import Tiles, batched, differentiable, groups, kernels, tile_kl, tile_kl_grad
+from attncongruence.streaming.operators import (
+    Tiles,
+    batched,
+    differentiable,
+    groups,
+    has_kernels,
+    tile_kl,
+    tile_kl_grad,
+)
 
 
 def low_rank_kl(A: Tensor, B: Tensor, C: Tensor, D: Tensor, lengths: Tensor, scale: float) -> Tensor:
@@ -44,7 +52,7 @@ def low_rank_kl(A: Tensor, B: Tensor, C: Tensor, D: Tensor, lengths: Tensor, sca
 def _tiled(
     A: Tensor, B: Tensor, C: Tensor, D: Tensor, lengths: Tensor, scale: float, with_grad: bool
 ) -> tuple[Tensor, ...]:
-    if kernels(A, B, C, D):
+    if has_kernels(A, B, C, D):
         from attncongruence.streaming import low_rank_kernels
 
         return low_rank_kernels.low_rank_kl(A, B, C, D, lengths, scale, with_grad)

@@ -24,7 +24,7 @@ from attncongruence.streaming.operators import (
     divergence,
     divergence_grad,
     groups,
-    kernels,
+    has_kernels,
 )
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _passes(
     q: Tensor, k: Tensor, lengths: Tensor, scale: float, target: Target
 ) -> Iterator[tuple[slice, Rows | KernelRows]]:
     """The whole batch for the kernels, which know no log T; else each run of samples of one length."""
-    if target != "log" and kernels(q, k):
+    if target != "log" and has_kernels(q, k):
         from attncongruence.streaming.map_kernels import KernelRows
 
         yield slice(0, q.shape[0]), KernelRows(q, k, lengths, scale)

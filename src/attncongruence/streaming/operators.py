@@ -139,7 +139,7 @@ def tile_kl_grad(x: Tensor, y: Tensor, P: Tensor, T: Tensor, loss: Tensor) -> tu
     return P, T
 
 
-def kernels(*tensors: Tensor) -> bool:
+def has_kernels(*tensors: Tensor) -> bool:
     """Whether the Triton kernels can work on these tensors."""
     if not all(x.is_cuda for x in tensors):
         return False

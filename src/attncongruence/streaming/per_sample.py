@@ -20,7 +20,7 @@ from attncongruence.maps import zero_losses
 from attncongruence.streaming.forms import Form, Modality, SmallMaps
 from attncongruence.streaming.low_rank import low_rank_kl
 from attncongruence.streaming.mean_map import mean_map
-from attncongruence.streaming.operators import cache_bytes, first_derivative_only, kernels
+from attncongruence.streaming.operators import cache_bytes, first_derivative_only, has_kernels
 
 SHORTEST = 256
 """Tokens of the larger modality from which the streaming form can be faster than the dense one."""
@@ -112,7 +112,7 @@ def _modalities(query: Tensor, key: Tensor, where: Located) -> tuple[Modality, M
     both = both_modalities(where.text, where.image)
     places = where.spans if where.spans is not None and not where.padded else where.positions()
     q, k = first_derivative_only(query), first_derivative_only(key)
-    if not kernels(q, k):
+    if not has_kernels(q, k):
         q, k = at_least_float32(q), at_least_float32(k)
     found = []
     for q_own, k_own, tokens in zip(take(q, places, -2), take(k, places, -2), (where.text, where.image), strict=True):
