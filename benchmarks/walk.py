@@ -15,7 +15,6 @@ import argparse
 import ast
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from benchmarks import record
 
 ROOT = Path(__file__).parent.parent
 BATCH, HEADS, TEXT, IMAGE, WIDTH = 8, 12, 20, 36, 64
@@ -264,8 +265,7 @@ def compare(before: Path, rounds: int) -> dict[str, Any]:
             order = list(workers) if number % 2 else list(workers)[::-1]
             seconds = {name: workers[name].ask(case) for name in order}
             pairs.append(seconds["after"] / seconds["before"])
-        low, _, high = statistics.quantiles(pairs, n=4)
-        ratios[case] = {"median": statistics.median(pairs), "quartiles": [low, high], "rounds": rounds}
+        ratios[case] = {**record.spread(pairs), "rounds": rounds}
     for worker in workers.values():
         worker.close()
     return {**found, "time of cacr_loss, after / before": ratios}
@@ -280,8 +280,6 @@ def main() -> None:
     if options.before is None:
         print(json.dumps({"walks": walks(), "size": size()}, indent=2))
         return
-    from benchmarks import record
-
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         subprocess.run(["git", "worktree", "add", "--detach", str(tree), options.before], cwd=ROOT, check=True)

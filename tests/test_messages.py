@@ -104,29 +104,21 @@ def test_a_mask_of_the_text_alone_beside_a_captured_layer():
             cacr_loss(QueryKey(q, k), 5, mask=torch.ones(shape, dtype=torch.bool), impl="streaming")
 
 
-def test_what_was_taken_is_not_there_again():
+@pytest.mark.parametrize(
+    ("take", "why"),
+    [
+        (lambda capture: capture.pop(), "taken before, and the model has not run since"),
+        (lambda capture: capture.forget(), r"forget\(\) dropped its records, and the model has not run since"),
+    ],
+    ids=["taken", "dropped"],
+)
+def test_what_is_gone_is_not_blamed_on_something_else(take, why):
     model, x = Tiny(), randn(2, 9, 4, dtype=torch.float32)
     for layers in (-1, ""):
         with capture_attention(model, layers) as capture:
             model(x)
-            capture.pop()
-            with pytest.raises(RuntimeError, match="taken before, and the model has not run since"):
-                capture.pop()
-            with torch.no_grad():
-                model(x)
-            with pytest.raises(RuntimeError, match="ran with gradients off"):
-                capture.pop()
-            model(x)
-            assert capture.pop().lengths == (9, 9)
-
-
-def test_what_was_dropped_is_not_blamed_on_torch_compile():
-    model, x = Tiny(), randn(2, 9, 4, dtype=torch.float32)
-    for layers in (-1, ""):
-        with capture_attention(model, layers) as capture:
-            model(x)
-            capture.forget()
-            with pytest.raises(RuntimeError, match=r"forget\(\) dropped its records, and the model has not run since"):
+            take(capture)
+            with pytest.raises(RuntimeError, match=why):
                 capture.pop()
             with torch.no_grad():
                 model(x)

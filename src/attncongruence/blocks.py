@@ -159,8 +159,8 @@ class Located:
     image: Tensor
     longest: tuple[int, int]
     """The most text and image tokens that a sample can have."""
-    spans: tuple[Span, Span] | None
-    """Where text and image lie, if each fills one span in every sample."""
+    places: Places
+    """Where text and image lie: spans, if each fills one in every sample, else positions."""
     padded: bool
     """False where both spans are known to be real throughout."""
     allowed: Quadrants[Tensor] | None = None
@@ -168,10 +168,11 @@ class Located:
     sees: tuple[bool, bool] | None = None
     """Whether any pair of LV and of VL may attend, where that has been looked up."""
 
-    def positions(self) -> tuple[Tensor, Tensor]:
-        """Each sample's own text and image positions, in order, and then some others: `(batch, longest)` each."""
-        text, image = ((~mask).int().argsort(dim=1, stable=True) for mask in (self.text, self.image))
-        return text[:, : self.longest[0]], image[:, : self.longest[1]]
+
+def own_positions(text: Tensor, image: Tensor, longest: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Each sample's own text and image positions, in order, and then some others: `(batch, longest)` each."""
+    of_text, of_image = ((~mask).int().argsort(dim=1, stable=True) for mask in (text, image))
+    return of_text[:, : longest[0]], of_image[:, : longest[1]]
 
 
 def locate(
@@ -227,15 +228,15 @@ def locate(
     else:
         layout = as_layout(n_text, tokens, batch, length)  # type: ignore[arg-type]
         text, image = layout.text.expand(batch, length), layout.image.expand(batch, length)
-        where = Located(text, image, (layout.max_text, layout.max_image), layout._extent.spans, True)
+        longest = layout.max_text, layout.max_image
+        where = Located(text, image, longest, layout._extent.spans or own_positions(text, image, longest), True)
     return where if pairs is None else _with_pairs(where, pairs)
 
 
 def cut(S: Tensor, where: Located) -> AttentionBlocks:
     """Eq. 2: S = [[LL, LV], [VL, VV]], as views where text and image fill spans."""
-    places = where.spans or where.positions()
-    masks = take(where.text, places, 1)[0], take(where.image, places, 1)[1]
-    return AttentionBlocks(*quadrants(S, places), *masks, where.allowed, where.padded, where.sees)
+    masks = take(where.text, where.places, 1)[0], take(where.image, where.places, 1)[1]
+    return AttentionBlocks(*quadrants(S, where.places), *masks, where.allowed, where.padded, where.sees)
 
 
 def quadrants(S: Tensor, places: Places) -> Quadrants[Tensor]:
@@ -283,17 +284,16 @@ def which_see(text: Tensor, image: Tensor, allowed: Quadrants[Tensor], *more: Te
 
 
 def _with_pairs(where: Located, pairs: Tensor) -> Located:
-    places = where.spans or where.positions()
-    allowed = quadrants(pairs, places)
+    allowed = quadrants(pairs, where.places)
     sees = None
     if readable(pairs):
-        text, image = take(where.text, places, 1)[0], take(where.image, places, 1)[1]
+        text, image = take(where.text, where.places, 1)[0], take(where.image, where.places, 1)[1]
         some, LV, VL, differ = which_see(text, image, allowed, (pairs != pairs[:, :1, :1]).any())
         if not differ:
             return where
         sees = (LV, VL) if some else (True, True)
     # Not dataclasses.replace, which torch.compile of torch 2.6 cannot trace.
-    return Located(where.text, where.image, where.longest, where.spans, where.padded, allowed, sees)
+    return Located(where.text, where.image, where.longest, where.places, where.padded, allowed, sees)
 
 
 def _scores_and_pairs(x: Any) -> tuple[Any, Tensor | None]:

@@ -263,7 +263,7 @@ def evaluate(
         text, image = where.text, where.image
         losses = per_sample(attention, where, loss.streaming, convention, direction)
     else:
-        blocks = read_blocks(attention, n_text, mask, where, loss.needs, convention, direction)
+        blocks = read_blocks(attention, n_text, mask, loss.needs, convention, direction, where)
         text, image = blocks.text_mask, blocks.image_mask
         losses = _dense(loss, blocks, convention, direction)
     if reduction == "none":

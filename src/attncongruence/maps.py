@@ -92,17 +92,17 @@ def read_blocks(
     attention: Attention,
     n_text: NText | None,
     mask: Tensor | None,
-    where: Located | None = None,
     needs: tuple[str, ...] | None = None,
     convention: Convention = RELEASED,
     direction: str = "both",
+    where: Located | None = None,
 ) -> AttentionBlocks:
     """The 4-D blocks of what a function was given; a ValueError where a loss that needs certain blocks is not defined.
 
     Args:
         attention: and `n_text`, `mask`, `convention`, `direction`: as in `cacr_loss`.
-        where: the positions, if they were read before.
         needs: the cross-modal blocks of the loss's language side; None: no loss, nothing is checked.
+        where: the positions, if they were read before.
     """
     if isinstance(attention, AttentionBlocks):
         if n_text is not None or mask is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attncongruence._typing import Count, OneDirection, Reduction, checked, one_of, same_device, values_of
-from attncongruence.blocks import Attention, AttentionBlocks, NText, Quadrants
+from attncongruence.blocks import Attention, AttentionBlocks, NText, Quadrants, both_modalities
 from attncongruence.conventions import WEIGHTED_MEAN, ConventionLike
 from attncongruence.layout import Mask
 from attncongruence.losses import LOSSES, check_options, iais_loss
@@ -228,7 +228,7 @@ def argmax_entropy(
     one_of("direction", direction, ("language", "vision"))
     loss = LOSSES["cacr"]
     convention = check_options(loss, convention, direction, reduction)
-    blocks = read_blocks(attention, n_text, mask, None, loss.needs, convention, direction)
+    blocks = read_blocks(attention, n_text, mask, loss.needs, convention, direction)
     masks = entries(blocks)
     if direction == "vision":
         blocks, masks = blocks.swap(), masks.swap()
@@ -246,7 +246,7 @@ def argmax_entropy(
     entropy: Tensor = per_head.mean(-1)
     if reduction == "none":
         return entropy
-    present = blocks.text_mask.any(-1) & blocks.image_mask.any(-1)
+    present = both_modalities(blocks.text_mask, blocks.image_mask)
     return entropy.sum() if reduction == "sum" else entropy.sum() / present.sum().clamp(min=1)
 
 

@@ -127,7 +127,7 @@ def _loop(
 ) -> Tensor:
     """Loop over samples and directions, cut each sample to its own tokens, and reduce."""
     convention = check_options(LOSSES[name], convention, direction, reduction, impl)
-    blocks = read_blocks(attention, n_text, mask, None, LOSSES[name].needs, convention, direction)
+    blocks = read_blocks(attention, n_text, mask, LOSSES[name].needs, convention, direction)
     values_of(attention=blocks.LL)
     losses, present = [], 0
     for sample in range(blocks.LL.shape[0]):

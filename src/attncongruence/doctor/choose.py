@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attncongruence.blocks import NText, locate
+from attncongruence.blocks import NText, both_modalities, locate, outer
 from attncongruence.capture import CapturedAttention
 from attncongruence.capture.find import crosses, nothing_seen, operations, select_modules, self_attention
 from attncongruence.capture.product import Log
@@ -154,7 +154,7 @@ def _places(record: CapturedAttention, proposal: Proposal, changed: Tensor) -> T
             f"{record.layer}: {proposal.how}. This guess is not used, as other pictures do not confirm it: either the "
             "batch has no picture, or no position of the layer changes with it, or every one does"
         )
-    if not bool((text.any(1) & image.any(1)).any()):
+    if not bool(both_modalities(text, image).any()):
         raise ValueError(f"no sample has both text and image ({proposal.how})")
     counts = text.sum(1).tolist(), image.sum(1).tolist()
     shares = _share(record, text, image), _share(record, image, text)
@@ -163,7 +163,7 @@ def _places(record: CapturedAttention, proposal: Proposal, changed: Tensor) -> T
 
 def _share(record: CapturedAttention, rows: Tensor, columns: Tensor) -> float:
     """Share of the pairs (row, column) that may attend."""
-    pairs = rows[:, None, :, None] & columns[:, None, None, :]
+    pairs = outer(rows, columns)
     if record.allowed is None or not pairs.any():
         return 1.0
     allowed = pairs & record.allowed

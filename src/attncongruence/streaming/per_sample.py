@@ -14,7 +14,16 @@ from einops import rearrange
 from torch import Tensor
 
 from attncongruence._typing import Direction, Impl, at_least_float32, no_autocast
-from attncongruence.blocks import Attention, AttentionBlocks, Located, NText, both_modalities, locate, take
+from attncongruence.blocks import (
+    Attention,
+    AttentionBlocks,
+    Located,
+    NText,
+    both_modalities,
+    locate,
+    own_positions,
+    take,
+)
 from attncongruence.conventions import Convention
 from attncongruence.maps import zero_losses
 from attncongruence.streaming.forms import Form, Modality, SmallMaps
@@ -110,7 +119,9 @@ def per_sample(source: Any, where: Located, form: Form, convention: Convention, 
 def _modalities(query: Tensor, key: Tensor, where: Located) -> tuple[Modality, Modality]:
     """Queries and keys of text and of image, 0 beyond a sample's own tokens, so that no NaN there can pass on."""
     both = both_modalities(where.text, where.image)
-    places = where.spans if where.spans is not None and not where.padded else where.positions()
+    places = where.places
+    if where.padded and not isinstance(places[0], Tensor):  # a span may hold padding
+        places = own_positions(where.text, where.image, where.longest)
     q, k = first_derivative_only(query), first_derivative_only(key)
     if not has_kernels(q, k):
         q, k = at_least_float32(q), at_least_float32(k)

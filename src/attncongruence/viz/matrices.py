@@ -189,7 +189,7 @@ def plot_congruence(
     for over, aspect, label in ((panels[:2], 50, "probability"), (panels[2:], 25, "difference")):
         few = MaxNLocator(4)
         figure.colorbar(over[0].images[0], ax=over, location="bottom", aspect=aspect, label=label, ticks=few)
-    known = {known: name.upper() for name, known in CONVENTIONS.items()}.get(convention, "own convention")
+    known = repr(convention) if convention in CONVENTIONS.values() else "own convention"
     which = sample_and_head(sample, head, blocks.LL.shape[1])
     title = f"{LOSSES[loss].title}, {known}, {direction}: {nats:.4g} nats\n{which}"
     figure.suptitle(title, fontsize="medium")
