@@ -70,7 +70,7 @@ release-check: $(READY)  ## build, check what PyPI will show, install the wheel 
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade $(LOCKED) pip hatchling editables
+	$(BIN)/python -m pip install --quiet --upgrade $(LOCKED) pip hatchling editables setuptools
 	$(BIN)/python -m pip install --quiet --no-build-isolation $(LOCKED) --editable '.[hf,timm,lightning,viz,docs,dev]'
 	touch $@
 

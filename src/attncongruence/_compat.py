@@ -177,6 +177,37 @@ WRAPPERS = (COMPILED, "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 Gone: layers are called by their longer names there. A name without them matches nothing, and the error lists them.
 """
 
+_WHOLE = {
+    "torch.nn.parallel.DistributedDataParallel": "module",
+    "deepspeed.runtime.engine.DeepSpeedEngine": "module",
+    "lightning.fabric.wrappers._FabricModule": "_forward_module",
+    "lightning_fabric.wrappers._FabricModule": "_forward_module",
+    "peft.PeftModel": "base_model",
+    "peft.PeftMixedModel": "base_model",
+    "peft.tuners.tuners_utils.BaseTuner": "model",
+}
+
+
+def wrapped_at(module: nn.Module) -> str | None:
+    """The name under which a wrapper keeps the module that it wraps; None: it is no wrapper.
+
+    A user's own `base_model` is a part of the user's model: the class decides. Gone: as for `COMPILED` and `WRAPPERS`.
+    """
+    children = dict(module.named_children())
+    for path, name in _WHOLE.items():
+        library, _, kind = path.rpartition(".")
+        if name in children and isinstance(module, getattr(sys.modules.get(library), kind, ())):
+            return name
+    return next((name for name in WRAPPERS if name in children), None)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's model inside wrappers that call it as a whole: DDP, DeepSpeed, `torch.compile`, Fabric, PEFT."""
+    name = wrapped_at(model)
+    if name is None or name in WRAPPERS[1:]:  # FSDP gathers parameters for its own module
+        return model
+    return unwrapped(model.get_submodule(name))
+
 
 # torch: modules
 

@@ -1,17 +1,13 @@
 """Which modules of a model attend: by name and class, by the user's choice, or by watching one forward pass."""
 
 import fnmatch
-import re
 from collections.abc import Iterable
-from contextlib import suppress
 
 from torch import nn
 
 from attncongruence import _compat
 from attncongruence.capture.product import Log, Operation
 from attncongruence.capture.watch import OnEnd, Watch
-
-_WRAPPERS = re.compile(rf"(?:^|\.)(?:{'|'.join(_compat.WRAPPERS)})(?=\.|$)")
 
 
 def find_attention(model: nn.Module) -> dict[str, str]:
@@ -54,8 +50,13 @@ def _learns(module: nn.Module) -> bool:
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules by dotted name, without the names of wrappers (`_orig_mod`, FSDP, checkpointing)."""
-    return {_WRAPPERS.sub("", name).lstrip("."): module for name, module in model.named_modules()}
+    """All modules by dotted name, without the names of wrappers (`_orig_mod`, PEFT, DDP, FSDP, checkpointing)."""
+    modules, short = dict(model.named_modules()), {"": ""}
+    wrapped = {name: _compat.wrapped_at(module) for name, module in modules.items()}
+    for name in [*modules][1:]:
+        parent, _, last = name.rpartition(".")
+        short[name] = short[parent] if last == wrapped[parent] else f"{short[parent]}.{last}".lstrip(".")
+    return {short[name]: module for name, module in modules.items()}
 
 
 def select_modules(model: nn.Module, layers: Iterable[str | nn.Module]) -> dict[str, nn.Module]:
@@ -73,8 +74,9 @@ def select_modules(model: nn.Module, layers: Iterable[str | nn.Module]) -> dict[
             wrong = f"no module is called {layer!r}"
             found = {module for name, module in named.items() if name == layer}
             found = found or {module for name, module in named.items() if fnmatch.fnmatchcase(name, layer)}
-            with suppress(AttributeError):
-                found = found or {model.get_submodule(layer)}  # another name of a shared module
+            # With the names of wrappers, and other names of shared modules.
+            full = model.named_modules(remove_duplicate=False)
+            found = found or {module for name, module in full if fnmatch.fnmatchcase(name, layer)}
         if found.isdisjoint(named.values()):
             raise ValueError(f"{wrong}. Modules that look like attention: {candidates(model)} (see find_attention)")
         chosen |= found

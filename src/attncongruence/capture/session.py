@@ -16,7 +16,8 @@ from attncongruence.capture.watch import DATA_PARALLEL, Watch, hook_module, rais
 
 _REENTRANT = (
     "under reentrant checkpointing (pass use_reentrant=False to torch.utils.checkpoint, or "
-    "gradient_checkpointing_kwargs={'use_reentrant': False})"
+    "gradient_checkpointing_kwargs={'use_reentrant': False} to Trainer's arguments, gradient_checkpointing_enable or "
+    "PEFT's prepare_model_for_kbit_training)"
 )
 _TAKEN = (
     "its record was taken before, and the model has not run since. Each record can be taken once: keep what pop() "
@@ -77,7 +78,7 @@ class AttentionCapture:
             raise ValueError("layers is empty: name at least one, or leave it out for the last self-attention")
         self._indices = [layer for layer in choice if isinstance(layer, int)]
         _compat.check(by_number=bool(self._indices))
-        self.model = unwrapped(model)
+        self.model = _compat.unwrapped(model)
         self.analysis = analysis
         self._records: list[tuple[object, CapturedAttention]] = []  # each with its forward pass
         self._watches: list[Watch] = []
@@ -92,7 +93,7 @@ class AttentionCapture:
         hook = uncompiled_hook()
         self._handles = hook_module(self.model, hook(self._begin), hook(self._end))
         try:
-            self._watch(layer for layer in choice if not isinstance(layer, int))
+            self._watch(model, (layer for layer in choice if not isinstance(layer, int)))
         except ValueError:
             self.close()
             raise
@@ -162,8 +163,8 @@ class AttentionCapture:
         for ran in (self._ran, *(watch.ran for watch in self._watches)):
             ran.clear()
 
-    def _watch(self, layers: Iterable[str | nn.Module]) -> None:
-        for name, module in find.select_modules(self.model, layers).items():
+    def _watch(self, model: nn.Module, layers: Iterable[str | nn.Module]) -> None:
+        for name, module in find.select_modules(model, layers).items():
             self._watches.append(Watch({name: module}, self.analysis, self._on_layer_end))
 
     def _begin(self, module: nn.Module, args: object, kwargs: object) -> None:
@@ -253,7 +254,7 @@ class AttentionCapture:
         for name, number, _ in chosen:
             if names.count(name) > 1:
                 self._keep.setdefault(name, set()).add(number)
-        self._watch(dict.fromkeys(name for name, _, _ in chosen))
+        self._watch(self.model, dict.fromkeys(name for name, _, _ in chosen))
 
     def _why_nothing(self) -> str:
         if self._closed:
@@ -288,11 +289,3 @@ class _CurrentPass(threading.local):
 
     def __init__(self) -> None:
         self.count: dict[str, int] = {}  # attention operations so far, by layer
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's model inside torch's own wrappers."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        return unwrapped(model.module)
-    compiled = getattr(model, _compat.COMPILED, None)
-    return unwrapped(compiled) if isinstance(compiled, nn.Module) else model

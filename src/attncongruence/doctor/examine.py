@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from attncongruence import _compat
 from attncongruence._typing import Direction, one_of
 from attncongruence.capture import CapturedAttention, capture_attention, find_attention
 from attncongruence.capture.find import crosses
-from attncongruence.capture.session import unwrapped
 from attncongruence.doctor import measure
 from attncongruence.doctor.choose import Layer, candidates, choose, other_pictures
 from attncongruence.doctor.report import AttentionCall, Problem, ProblemFound, Report, suggest_code, within
@@ -65,7 +65,7 @@ def examine(
         one_of("direction", direction, ("both", "language", "vision"))
     if rounds < 1:
         raise ValueError(f"rounds={rounds} must be >= 1")
-    inner = unwrapped(model)
+    inner = _compat.unwrapped(model)
     report = Report(type(inner).__name__)
     if inner is not model:
         note = f"Examined without its {type(model).__name__}. Call capture_attention before the first compiled run."

@@ -16,7 +16,6 @@ from transformers import TrainerCallback
 
 from attncongruence import _compat
 from attncongruence.capture.record import CapturedAttention
-from attncongruence.capture.session import unwrapped
 from attncongruence.layout import TokenLayout
 from attncongruence.training.regularize import Regularizer, find_regularizer
 
@@ -71,7 +70,7 @@ def token_layout(
         >>> layout.text.int().tolist(), layout.image.int().tolist()
         ([[0, 0, 0, 1, 0]], [[0, 1, 1, 0, 0]])
     """
-    config = getattr(unwrapped(model), "config", None)
+    config = getattr(_compat.unwrapped(model), "config", None)
     family = str(getattr(config, "model_type", type(model).__name__))
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor):

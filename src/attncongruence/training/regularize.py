@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer
 
 from attncongruence import _compat
 from attncongruence._typing import number
 from attncongruence.blocks import NText
 from attncongruence.capture import CapturedAttention
-from attncongruence.capture.session import AttentionCapture, Layers, unwrapped
+from attncongruence.capture.session import AttentionCapture, Layers
 from attncongruence.capture.watch import uncompiled_hook
-from attncongruence.training.shim import ForwardShim, TrainingStepShim, optimizer_steps
+from attncongruence.training.shim import ForwardShim, SilentSteps, TrainingStepShim, optimizer_steps
 from attncongruence.training.term import (
     Batch,
     CongruenceTerm,
@@ -142,7 +141,7 @@ class Regularizer:
                 raise TypeError(f"{error} {schedule}") from None
             if not 0 <= weight < math.inf:
                 raise ValueError(f"weight={weight!r} must be >= 0 and finite, {schedule}")
-        self.model = unwrapped(model)
+        self.model = _compat.unwrapped(model)
         self._term, self._weight = term, weight
         if any(str(other._term.loss) == str(term.loss) for other in _open_on({self.model})):
             warnings.warn(
@@ -154,6 +153,8 @@ class Regularizer:
         self.step = 0
         self.micro_batches: int | None = None
         self._passes = 0  # regularized forward passes since the last optimizer step
+        # Until the first step is counted, and where steps matter.
+        self._silent_steps = SilentSteps(self.model) if callable(weight) else None
         self._ran = self._ran_in_eval = self._checked_resume = False
         if callable(getattr(self.model, "training_step", None)):
             # Lightning calls training_step, which only under DDP runs as the module's forward. Its children always run.
@@ -171,10 +172,9 @@ class Regularizer:
         self._undo = [self._capture.close, *undo]
         optimizer_steps.add(self)
 
-    def on_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Counts a step of any torch optimizer, if it trains this model."""
+    def on_optimizer_step(self, trained: set[int], done: Callable[[], int]) -> None:
+        """Counts a step that changed parameters of this model: `trained` has their ids, `done()` counts all steps."""
         # Compared at each step: FSDP replaces the model's parameters.
-        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if not any(id(parameter) in trained for parameter in self.model.parameters()):
             return
         if not self._ran:
@@ -186,11 +186,9 @@ class Regularizer:
         self.count_step()
         if not self._checked_resume:
             self._checked_resume = True
-            state: dict[str, Any] = next(iter(optimizer.state.values()), {})
-            done = int(state.get("step", 0))  # SGD counts none
-            if done > self.step and callable(self._weight):
+            if callable(self._weight) and done() > self.step:
                 warnings.warn(
-                    f"the optimizer has made {done} steps and the regularizer counts {self.step}, so the schedule "
+                    f"the optimizer has made {done()} steps and the regularizer counts {self.step}, so the schedule "
                     "started again. If the run was resumed, restore the step with load_state_dict (CongruenceCallback "
                     "and accelerator.register_for_checkpointing do so), or set regularizer.step.",
                     stacklevel=2,
@@ -199,11 +197,12 @@ class Regularizer:
     def count_step(self) -> None:
         """Counts one optimizer step, unless the model has not run since the last one.
 
-        Only for optimizers that `torch.optim` hooks do not see, such as DeepSpeed's, which hold copies of the
-        parameters. If the step was already counted, this changes nothing.
+        Only for steps that are not seen: of optimizers that are neither `torch.optim.Optimizer` nor in a DeepSpeed
+        engine. If the step was already counted, this changes nothing.
         """
         if self._passes:
             self.step += 1
+            self._silent_steps = None
         self._passes = 0
 
     def state_dict(self) -> dict[str, int]:
@@ -262,6 +261,7 @@ class Regularizer:
 
     def _add_loss(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any | None:
         """The output of a call with the loss added; None if there is nothing to add."""
+        optimizer_steps.watch_engines()
         try:
             if not torch.is_grad_enabled():
                 return None
@@ -286,6 +286,8 @@ class Regularizer:
         weight = self._weight(self.step) if callable(self._weight) else self._weight
         self._passes += 1
         self._ran = True
+        if self._silent_steps is not None:
+            self._silent_steps.after_pass(weight)
         self.last = LossParts(main.detach(), congruence.detach(), weight, self.step, share)
         # main + lambda(step) * share * congruence, in the main loss's own dtype
         return with_loss(output, main + (weight * share * congruence).to(main))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import sys
+import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
@@ -75,7 +78,10 @@ class TrainingStepShim(Shim):
 
 
 class OptimizerSteps:
-    """Calls `listener.on_optimizer_step(optimizer)` after each step of any torch optimizer.
+    """Calls `listener.on_optimizer_step(trained, done)` after each step of a torch optimizer or a DeepSpeed engine.
+
+    `trained` has the ids of the parameters that were to change, and `done()` is the number of steps by the optimizer's
+    own count. DeepSpeed's optimizers hold copies of the parameters, but its engine knows the model.
 
     Listeners are held weakly and share one hook: torch iterates over its hooks without a copy, so a hook that the
     garbage collector removes during a step would raise an error there.
@@ -84,12 +90,14 @@ class OptimizerSteps:
     def __init__(self) -> None:
         self.listeners: weakref.WeakSet[Any] = weakref.WeakSet()
         self._handle: RemovableHandle | None = None
+        self._engine: EngineStep | None = None
 
     def add(self, listener: Any) -> None:
         """Tells this listener about each step from now on."""
         self.listeners.add(listener)
         if self._handle is None:
             self._handle = register_optimizer_step_post_hook(torch.compiler.disable(self._after_step))
+        self.watch_engines()
 
     def remove(self, listener: Any) -> None:
         """Stops telling this listener."""
@@ -97,10 +105,90 @@ class OptimizerSteps:
         if self._handle is not None and not self.listeners:
             self._handle.remove()
             self._handle = None
+            if self._engine is not None:
+                self._engine.remove()
+                self._engine = None
+
+    def watch_engines(self) -> None:
+        """Watches DeepSpeed's engines, if DeepSpeed has been imported; called again in each forward pass."""
+        engine = getattr(sys.modules.get("deepspeed.runtime.engine"), "DeepSpeedEngine", None)
+        if self._engine is None and engine is not None:
+            self._engine = EngineStep(engine, self._after_engine_step)
 
     def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        def done() -> int:
+            state: dict[str, Any] = next(iter(optimizer.state.values()), {})
+            return int(state.get("step", 0))  # SGD counts none
+
+        self._tell((parameter for group in optimizer.param_groups for parameter in group["params"]), done)
+
+    def _after_engine_step(self, engine: Any) -> None:
+        if engine.was_step_applied():  # not between micro-batches, nor after an overflow
+            self._tell(engine.module.parameters(), lambda: engine.global_steps - engine.skipped_steps)
+
+    def _tell(self, parameters: Iterable[nn.Parameter], done: Callable[[], int]) -> None:
+        trained = {id(parameter) for parameter in parameters}
         for listener in list(self.listeners):
-            listener.on_optimizer_step(optimizer)
+            listener.on_optimizer_step(trained, done)
+
+
+class EngineStep:
+    """Calls a function after each `step()` of all engines of a class."""
+
+    def __init__(self, engine: Any, after: Callable[[Any], None]) -> None:
+        self.engine, self.replaced = engine, engine.step
+        self.after: Callable[[Any], None] | None = after
+
+        @functools.wraps(engine.step)
+        def step(engine: Any, *args: Any, **kwargs: Any) -> Any:
+            result = self.replaced(engine, *args, **kwargs)
+            if self.after is not None:
+                self.after(engine)
+            return result
+
+        engine.step = self.step = step
+
+    def remove(self) -> None:
+        """Puts the method back. If other code has wrapped it since, ours stays and only calls the method."""
+        self.after = None
+        if self.engine.step is self.step:
+            self.engine.step = self.replaced
+
+
+class SilentSteps:
+    """Warns when parameters have changed and no step was counted: the schedule then stays at its first weight.
+
+    It looks at forward pass 8, 16, 32 and so on, since accumulated micro-batches change nothing. It compares the first
+    entries of each parameter, where one synchronization with the device shows a change.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.passes = model, 0
+        self.before: list[Tensor] = []
+
+    def after_pass(self, weight: float) -> None:
+        """Counts a forward pass, and looks at the parameters if it is time."""
+        self.passes += 1
+        if self.passes == 1:
+            self.before = self._first_entries()
+        elif self.passes >= 8 and self.passes.bit_count() == 1 and self._changed():
+            self.before = []
+            warnings.warn(
+                f"the parameters of {type(self.model).__name__} have changed over {self.passes} forward passes, and no "
+                f"optimizer step was seen, so the weight stays at {weight:.4g}, that of step 0. Steps are seen of "
+                "torch.optim.Optimizer and its subclasses, and of DeepSpeed's engines. For any other optimizer, call "
+                "regularizer.count_step() after each step.",
+                stacklevel=2,
+            )
+
+    def _changed(self) -> bool:
+        pairs = zip(self.before, self._first_entries(), strict=False)
+        return any(old.shape == new.shape and not torch.equal(old, new) for old, new in pairs)
+
+    def _first_entries(self) -> list[Tensor]:
+        # Of sharded parameters, this process's part.
+        local = (getattr(p, "to_local", p.detach)() for p in self.model.parameters() if p.requires_grad)
+        return [parameter.detach().flatten()[:64].clone() for parameter in local]
 
 
 optimizer_steps = OptimizerSteps()
