@@ -144,7 +144,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
         """Attention over the length; `hidden`, `(batch, length)`, is True at keys that nobody may see."""
         spec = self.spec
-        q, k, v = (self.split(y, heads) for y, heads in zip(self.projected(x), (spec.heads, self.keys, self.keys)))
+        q, k, v = self.projected(x)
+        q, k, v = self.split(q, spec.heads), self.split(k, self.keys), self.split(v, self.keys)
         if spec.split == "grouped keys":
             k, v = (y[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2) for y in (k, v))
         if spec.loop == "heads":

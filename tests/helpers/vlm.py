@@ -7,9 +7,9 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
-WORDS = (
-    "<pad> <unk> <s> </s> <image> user assistant : what is in this picture a mug grass dog on under red blue".split()
-)
+SPECIAL = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
+PLAIN = "user assistant : what is in this picture a mug grass dog on under red blue"
+WORDS = [*SPECIAL, *PLAIN.split()]
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} : "
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
