@@ -44,7 +44,7 @@ _NEVER_RAN = (
 
 
 def regularize(
-    model: nn.Module,
+    model: nn.Module | Any,
     loss: LossFunction,
     n_text: NText | Callable[[Batch, CapturedAttention], NText],
     *,
@@ -53,7 +53,7 @@ def regularize(
     positives: Positives | Callable[[Batch], Positives] | None = None,
     mask: str | Callable[[Batch], Tensor] | None = None,
 ) -> Regularizer:
-    """Adds `weight(step) * loss` to the loss that the model returns, each time it runs in training mode.
+    """Adds `weight(step) * loss` to the loss that a model returns in training mode, or to each step of a `Trainer`.
 
         main + weight(step) * mean over layers of loss(captured layer, n_text)
 
@@ -62,13 +62,18 @@ def regularize(
     number of micro-batches in it. Where transformers' `Trainer` divides the loss by `num_items_in_batch`, the added
     loss is scaled to match, so that accumulated micro-batches equal one large batch.
 
+    A transformers `Trainer`, or a subclass such as TRL's, may take the place of the model. The term is then added to
+    what the trainer differentiates, whatever its `compute_loss` does, as a mean over the micro-batches of a step; the
+    step is its `global_step`, and both losses are logged. If a training step runs the model several times with
+    gradients on, the mean of these passes counts.
+
     Functions of the batch get a mapping: what the model was called with, by the names of its parameters. Those for
     `positives` and `mask` describe samples, so they get the batch alone, once for each forward pass.
 
     Args:
         model: returns its loss as `.loss`, `["loss"]`, the first of a tuple, or alone. Call `regularize` before its
             first compiled run. It may be wrapped later (DDP, FSDP, `torch.compile`, Accelerate, PEFT). For a
-            `LightningModule` the loss is added to what `training_step` returns.
+            `LightningModule` the loss is added to what `training_step` returns. Or a `Trainer`, before `train()`.
         loss: `CACRLoss(...)`, `IAISLoss(...)`, or a function of `(captured, n_text)` that returns one number.
         n_text: number of text tokens, which come first; a `(batch,)` integer tensor with one such number for each
             sample; a `TokenLayout`; or a function `(batch, captured)` that returns one of these. The function is called
@@ -91,7 +96,8 @@ def regularize(
             not one number in a tensor, positives that do not fit the batch.
         TypeError: a weight that is neither a number nor a function.
         RuntimeError: nothing was captured (the message says why); an optimizer steps on a model that was never
-            regularized; the micro-batch's weight in the step cannot be known.
+            regularized, or whose added loss no backward pass has reached; the micro-batch's weight in the step cannot
+            be known; a trainer whose training step calls no `accelerator.backward`.
 
     Example:
         One text token of score log 3, one of 0, one image token of 0: as in `cacr_loss`, the first row differs by
@@ -322,16 +328,8 @@ class Regularizer:
     def _on_backward(self, grad: Tensor) -> None:
         self._reached = True
 
-    def _begin_step(self) -> None:
-        """Before a training step of a trainer, whose own count of optimizer steps is taken."""
-        assert self._trainer is not None
-        trainer = self._trainer.trainer
-        if _compat.unwrapped(trainer.model) is not self.model:
-            raise RuntimeError(
-                f"this {type(trainer).__name__} has made another model (model_init) since regularize was called: call "
-                "regularize when training begins, as RegularizeCallback does"
-            )
-        self.step = int(trainer.state.global_step)
+    def _begin_step(self, step: int) -> None:
+        self.step = step
 
 
 def _open_on(modules: set[nn.Module]) -> list[Regularizer]:

@@ -35,17 +35,17 @@ class TrainerSteps:
 
     Args:
         trainer: transformers' `Trainer` or a subclass.
-        begin: called before each training step.
+        begin: called with the number of optimizer steps, before each training step.
         with_term: called as `(loss, congruence, share)`; returns the loss with the term, and the term's weight.
     """
 
     def __init__(
         self,
         trainer: Any,
-        begin: Callable[[], None],
+        begin: Callable[[int], None],
         with_term: Callable[[Tensor, Tensor, float], tuple[Tensor, float]],
     ) -> None:
-        self.trainer, self.begin, self.with_term = trainer, begin, with_term
+        self.trainer, self.begin, self.with_term, self.model = trainer, begin, with_term, trainer.model
         self.running = False
         self.congruence: list[Tensor] = []
         """Of each forward pass in the training step that runs."""
@@ -59,7 +59,12 @@ class TrainerSteps:
             shim.remove()
 
     def _training_step(self, method: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        self.begin()
+        if self.trainer.model is not self.model:
+            raise RuntimeError(
+                f"this {type(self.trainer).__name__} has made another model (model_init) since regularize was called: "
+                "call regularize when training begins, as RegularizeCallback does"
+            )
+        self.begin(int(self.trainer.state.global_step))
         self.running, self.congruence, self._added = True, [], None
         backward = CallShim(self.trainer.accelerator, "backward", self._backward)
         try:
