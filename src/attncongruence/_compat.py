@@ -226,6 +226,40 @@ def hooks_of(module: nn.Module) -> list[Any]:
     return [h for name in ("_forward_hooks", "_forward_pre_hooks") for h in getattr(module, name, {}).values()]
 
 
+_calls = _part("nn.Module._call_impl.__code__.co_name")
+
+
+def calls_around(module: nn.Module) -> list[object] | None:
+    """The modules in whose forward this call of `module` was made, innermost first; from a hook of `module`.
+
+    An interrupt (KeyboardInterrupt, SystemExit, GeneratorExit) skips the hooks after forward, so that only Python's
+    stack tells a pass that was cut short from one that goes on and has called its module again. Gone: None, and each
+    pass counts as cut short when its module is called again, so that only the inner one is recorded.
+    """
+    calls, frame = [], sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == _calls and "self" in frame.f_locals:
+            calls.append(frame.f_locals["self"])
+        frame = frame.f_back  # type: ignore[assignment]
+    return calls[1:] if calls and calls[0] is module else None
+
+
+def in_function() -> bool:
+    """Whether the forward of a `torch.autograd.Function` runs, as in reentrant checkpointing, which runs layers there.
+
+    Gradients are off in there, but what runs has a backward pass. Gone (no frames): False.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_varnames[:1] not in ((), ("self",)):
+            first = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(first, torch.autograd.function.FunctionCtx):
+                return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
 # torch: what cannot be done without
 
 

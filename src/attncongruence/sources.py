@@ -109,7 +109,8 @@ class QueryKey(ScoreSource):
     Args:
         query: `(batch, heads, length, width)`, after rotary embedding and norms, if the layer has them.
         key: `(batch, groups, length, width)`; with grouped queries, heads is a multiple of groups.
-        scale: factor of `query key^T`, finite; None: 1 / sqrt(width), as in scaled dot product attention.
+        scale: factor of `query key^T`, finite; None: 1 / sqrt(width), as in scaled dot product attention. A tensor of
+            one element that learns gets its gradient: `query` is then multiplied by it, in float32 at least.
 
     Raises:
         ValueError: other shapes or integers, heads that are not a multiple of groups, no head or no width, different
@@ -121,12 +122,15 @@ class QueryKey(ScoreSource):
         [[[[1.5, 2.5], [3.0, 5.0]]]]
     """
 
-    def __init__(self, query: Tensor, key: Tensor, scale: float | None = None) -> None:
+    def __init__(self, query: Tensor, key: Tensor, scale: float | Tensor | None = None) -> None:
         _check(query, key)
         if scale is not None:
             number("scale", scale)
             if not -math.inf < scale < math.inf:
                 raise ValueError(f"scale={scale} must be finite: leave it out for 1 / sqrt(width)")
+        if isinstance(scale, Tensor) and scale.requires_grad:
+            factor = scale.reshape(()).to(query.device)
+            query, key, scale = factor * at_least_float32(query), at_least_float32(key), 1.0
         self._query = query
         self._key = key.repeat_interleave(query.shape[1] // key.shape[1], 1) if key.shape[1] < query.shape[1] else key
         self._scale = query.shape[-1] ** -0.5 if scale is None else float(scale)

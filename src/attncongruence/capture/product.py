@@ -41,11 +41,13 @@ class Operation:
         key: `(..., keys, width)`; fewer heads than `query` when queries are grouped.
         scale: factor of the product.
         masks: pairs `(mask, factor)`: a boolean mask is True at allowed pairs (factor 1) or at hidden pairs (-1), any
-            other mask is added `factor` times.
+            other mask is added `factor` times. Where only `logits` are known: those among them that were seen.
+        written: the factor of each mask where the model added it, before it scaled both; (): as in `masks`.
         causal: query `i` sees keys `0..i`.
         logits: the tensor given to `softmax`, where the model calls it by itself.
         from_product: False for a softmax over something that is no product of two batched tensors.
         cross: queries and keys are known to come from two sequences.
+        versions: each of `tensors` as the model used it, with its version then; (): not known.
     """
 
     query: Tensor | None = None
@@ -56,6 +58,8 @@ class Operation:
     logits: Tensor | None = None
     from_product: bool = True
     cross: bool = False
+    written: tuple[float, ...] = ()
+    versions: tuple[tuple[Tensor, float], ...] = ()
 
     @property
     def main(self) -> Tensor:
@@ -76,9 +80,40 @@ class Operation:
         masks = tuple((change(mask), factor) for mask, factor in self.masks)
         return dataclasses.replace(self, query=query, key=key, logits=logits, masks=masks)
 
-    def opaque(self, *, from_product: bool = True) -> "Operation":
-        """What is still known after a function that is neither a scale nor a mask."""
-        return Operation(from_product=self.from_product and from_product, cross=self.cross)
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that it holds: queries, keys, logits, masks."""
+        own = (self.query, self.key, self.logits, *(mask for mask, _ in self.masks))
+        return [tensor for tensor in own if tensor is not None]
+
+    def with_mask(self, mask: Tensor, factor: float) -> "Operation":
+        """The same operation with one more mask; a mask that learns hides nothing, so logits alone do without it."""
+        if self.query is None and mask.requires_grad:
+            return self
+        masks = (*self.masks, (mask, factor))
+        return dataclasses.replace(self, masks=masks, written=(*self.as_written, factor))
+
+    def times(self, factor: float) -> "Operation | None":
+        """The scaled operation; None where that would show what a mask hides.
+
+        Whether a mask hides a pair is decided by what the model added, before it scaled both.
+        """
+        if factor < 0 and self.masks:
+            return None
+        masks = tuple((m, f if m.dtype == torch.bool else f * factor) for m, f in self.masks)
+        return dataclasses.replace(self, scale=self.scale * factor, masks=masks, written=self.as_written)
+
+    @property
+    def as_written(self) -> tuple[float, ...]:
+        """The factor of each mask where the model added it."""
+        return self.written or tuple(factor for _, factor in self.masks)
+
+    def opaque(self, *, from_product: bool = True, moved: bool = False) -> "Operation":
+        """What is still known after a function that is neither a scale nor a mask; `moved`: the pairs changed place."""
+        unknown = Operation(from_product=self.from_product and from_product, cross=self.cross)
+        for (mask, _), factor in zip(() if moved else self.masks, () if moved else self.as_written, strict=True):
+            unknown = unknown.with_mask(mask, factor)
+        return unknown
 
     def four_d(self, folds: Mapping[int, tuple[int, int]] | None = None) -> "Operation":
         """The same operation with all tensors as `(batch, heads, ...)`: views, no copies.
@@ -169,28 +204,41 @@ def read_step(
     """The operation after one more function on its scores; None if it is no longer scale, product and masks."""
     if name in _COPIES or name in RESHAPES:
         return operation
-    if kwargs.keys() - _OPERANDS - {"input"}:  # alpha, rounding_mode, out
+    if name == "addcmul":
+        return _read_addcmul(operation, scores, *args, **kwargs)
+    if kwargs.keys() - _OPERANDS - {"input", "alpha"}:  # rounding_mode, out
         return None
     args = (*args, *(value for key, value in kwargs.items() if key in _OPERANDS))
-    first = bool(args) and args[0] is scores
+    first = kwargs.get("input", args[0] if args else None) is scores
     rest = [a for a in args if a is not scores]
     if (name in _TIMES or (name in _DIVIDE and first)) and len(rest) == 1:
         number = _number(rest[0])
-        if not number:
+        return operation.times(1.0 / number if name in _DIVIDE else number) if number else None
+    if name in _PLUS | _MINUS and len(rest) == 1 and isinstance(rest[0], Tensor):
+        # first + alpha second, first - alpha second
+        alpha = _number(kwargs.get("alpha", 1))
+        alpha = -alpha if alpha and name in _MINUS else alpha
+        if not alpha:
             return None
-        factor = 1.0 / number if name in _DIVIDE else number
-        masks = tuple((m, f if m.dtype == torch.bool else f * factor) for m, f in operation.masks)
-        return dataclasses.replace(operation, scale=operation.scale * factor, masks=masks)
-    minus = name in _MINUS
-    if (name in _PLUS or (minus and first)) and len(rest) == 1 and isinstance(rest[0], Tensor):
-        return dataclasses.replace(operation, masks=(*operation.masks, (rest[0], -1.0 if minus else 1.0)))
+        scaled = operation if first else operation.times(alpha)
+        return scaled and scaled.with_mask(rest[0], alpha if first else 1.0)
     if name in _FILL and len(rest) == 2 and isinstance(rest[0], Tensor):
         # masked_fill(scores, hidden, low), where(allowed, scores, low) or where(hidden, low, scores)
         low = _number(rest[1])
         if low is not None and low <= FLOOR:
             hides = name == "masked_fill" or args[-1] is scores
-            return dataclasses.replace(operation, masks=(*operation.masks, (rest[0], -1.0 if hides else 1.0)))
+            return operation.with_mask(rest[0], -1.0 if hides else 1.0)
     return None
+
+
+def _read_addcmul(
+    operation: Operation, scores: Tensor, input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: Any = 1
+) -> Operation | None:
+    """`scores + value * tensor1 * tensor2`. The signature is torch's own."""
+    factor = _number(value)
+    if input is not scores or not factor or tensor1.requires_grad or tensor2.requires_grad:
+        return None
+    return operation.with_mask(tensor1 * tensor2, factor)
 
 
 def _number(value: Any) -> float | None:

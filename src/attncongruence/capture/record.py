@@ -1,5 +1,7 @@
 """CapturedAttention: what one attention layer computed, as scores that a loss can use."""
 
+import dataclasses
+import numbers
 from functools import cached_property
 from typing import Any
 
@@ -7,7 +9,9 @@ import torch
 from torch import Tensor
 
 from attncongruence._typing import at_least_float32, no_autocast
-from attncongruence.capture.product import FLOOR, Operation
+from attncongruence.capture.masks import hidden, seen_in, unmasked
+from attncongruence.capture.product import Operation
+from attncongruence.capture.versions import changed, noted
 from attncongruence.sources import ScoreSource
 
 
@@ -18,7 +22,10 @@ class CapturedAttention(ScoreSource):
     asked for. Rows are queries, columns keys.
 
     A pair is *disallowed* where a boolean mask says so, where causal attention hides it, or where a number below
-    `-5000` is added to its score (-inf, finfo.min, -1e9 and -1e4 are all in use; no score outweighs 5000).
+    `-5000` is added to its score (-inf, finfo.min, -1e9 and -1e4 are all in use; no score outweighs 5000), whatever
+    the model divides the sum by. NaN disallows nothing.
+
+    It holds what the layer used, not copies. Where the model has written to that since, reading it is a RuntimeError.
 
     Args:
         layer: dotted name of the module that attended.
@@ -40,7 +47,8 @@ class CapturedAttention(ScoreSource):
 
     def __init__(self, layer: str, operation: Operation) -> None:
         self.layer = layer
-        self._operation = operation = operation.four_d()
+        operation = operation.four_d()
+        self._operation = operation = operation if operation.versions else noted(operation)
         self.lengths = operation.lengths
         self.batch_size, self.heads = operation.main.shape[:2]
         self.shape = (self.batch_size, self.heads, *self.lengths)
@@ -50,7 +58,7 @@ class CapturedAttention(ScoreSource):
     @property
     def query(self) -> Tensor | None:
         """`(batch, heads, length, width)` after rotary embedding and norms; None where scores are not `scale q k^T`."""
-        return self._operation.query if self._only_masked else None
+        return self._unwritten().query if self._only_masked else None
 
     @property
     def key(self) -> Tensor | None:
@@ -65,10 +73,11 @@ class CapturedAttention(ScoreSource):
     @property
     def scores(self) -> Tensor:
         """`(batch, heads, length, length)`: what the softmax saw, float32 for half inputs, -inf at disallowed pairs."""
-        kept, operation, allowed = self._scores, self._operation, self.allowed
+        kept, allowed = self._scores, self.allowed
         # Scores that were first computed under no_grad() would train nothing: they are computed again for a loss.
         if kept is not None and (kept.requires_grad or not (torch.is_grad_enabled() and self.requires_grad)):
             return kept
+        operation = self._unwritten()
         if operation.logits is not None:
             scores = at_least_float32(operation.logits)
         else:
@@ -89,16 +98,11 @@ class CapturedAttention(ScoreSource):
     @cached_property
     def allowed(self) -> Tensor | None:
         """Boolean, broadcastable to `scores`: which pairs may attend; None when the layer masks nothing."""
-        operation = self._operation
-        if operation.query is None:
-            return operation.main > FLOOR
-        allowed = None
-        if operation.causal:
-            allowed = torch.ones(1, 1, *self.lengths, dtype=torch.bool, device=self.device).tril()
-        for mask, factor in operation.masks:
-            pairs = mask * factor > FLOOR if mask.dtype != torch.bool else mask if factor > 0 else ~mask
-            allowed = pairs if allowed is None else allowed & pairs
-        return allowed
+        operation = self._unwritten()
+        masked = unmasked(operation)
+        if operation.query is not None:
+            return masked
+        return seen_in(operation.main, masked, self.layer)
 
     @property
     def probs(self) -> Tensor:
@@ -111,16 +115,17 @@ class CapturedAttention(ScoreSource):
 
     def __getitem__(self, samples: Any) -> "CapturedAttention":
         """The same record for some samples only: an int, slice, list, index tensor or boolean mask over the batch."""
-        if isinstance(samples, str):
-            raise TypeError(
-                f"a record is indexed by samples, not by {samples!r}: n_text is called as (batch, captured)"
-            )
-        index = [samples] if isinstance(samples, int) else samples
+        index = _as_index(samples, self.batch_size)
 
         def pick(tensor: Tensor) -> Tensor:
             return tensor if tensor.shape[0] == 1 != self.batch_size else tensor[index]
 
-        return CapturedAttention(self.layer, self._operation.apply(pick))
+        picked = dataclasses.replace(self._unwritten(), versions=())
+        return CapturedAttention(self.layer, picked.apply(pick))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles have tensors of their own, whose versions begin again."""
+        return CapturedAttention, (self.layer, dataclasses.replace(self._unwritten(), versions=()))
 
     def __repr__(self) -> str:
         length, keys = self.lengths
@@ -138,18 +143,59 @@ class CapturedAttention(ScoreSource):
 
         The values of float masks cost one synchronization, for all of them together.
         """
-        masks_alone = None
-        for mask, factor in self._operation.masks:
+        masks_alone, operation = None, self._unwritten()
+        for (mask, factor), written in zip(operation.masks, operation.as_written, strict=True):
             if mask.requires_grad:
                 return False
             if mask.dtype != torch.bool:
-                low_or_zero = ((mask == 0) | (mask * factor <= FLOOR)).all()
+                low_or_zero = ((mask == 0) | hidden(mask, factor, written)).all()
                 masks_alone = low_or_zero if masks_alone is None else masks_alone & low_or_zero
-        return self._operation.query is not None and (masks_alone is None or bool(masks_alone))
+        return operation.query is not None and (masks_alone is None or bool(masks_alone))
 
     def _repeated_key(self) -> Tensor:
-        query, key = self._operation.query, self._operation.key
+        query, key = self._unwritten().query, self._unwritten().key
         assert query is not None
         assert key is not None
         groups = query.shape[1] // key.shape[1]
         return key if groups == 1 else key.repeat_interleave(groups, dim=1)
+
+    def _unwritten(self) -> Operation:
+        """The operation, if the model has not written to its tensors since."""
+        operation = self._operation
+        written = changed(operation)
+        if written and operation.query is not None and all(tensor is operation.logits for tensor in written):
+            # The scores can be computed again.
+            self._operation = noted(dataclasses.replace(operation, logits=None))
+        elif written:
+            names = {id(operation.query): "queries", id(operation.key): "keys", id(operation.logits): "scores"}
+            what = " and ".join(dict.fromkeys(names.get(id(tensor), "masks") for tensor in written))
+            raise RuntimeError(
+                f"{self.layer or 'the model itself'}: the model has written to the {what} of this record since it "
+                "attended, so what they were is not known any more. Let it write to a copy (clone() before the write), "
+                "or read captured.scores before the write."
+            )
+        return self._operation
+
+
+def _as_index(samples: Any, batch_size: int) -> Any:
+    """An index over the batch that keeps its dimension."""
+    number = isinstance(samples, numbers.Integral) and not isinstance(samples, bool)
+    if number and not -batch_size <= int(samples) < batch_size:
+        raise IndexError(f"sample {samples} is not among the {batch_size} of the batch")
+    if number:
+        return [int(samples)]
+    if isinstance(samples, slice):
+        return samples
+    remedy = "n_text is called as (batch, captured)"
+    if not isinstance(samples, str):
+        remedy = "it takes an int, a slice, a list or 1-D tensor of integers, or a bool mask over the batch"
+        if not isinstance(samples, bool | tuple | None):
+            index = torch.as_tensor(samples)
+            index = index if index.numel() else index.long()
+            mask = index.dtype == torch.bool
+            integers = not (mask or index.is_floating_point() or index.dtype == torch.uint8)
+            if integers or (mask and index.ndim):
+                index = index.reshape(1) if not index.ndim else index
+                if index.ndim == 1:
+                    return index
+    raise TypeError(f"a record is indexed by samples, not by {samples!r}: {remedy}")

@@ -1,12 +1,13 @@
 """capture_attention: hooks on the chosen layers, and the records they leave."""
 
+import numbers
 import sys
 import threading
 import warnings
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from attncongruence import _compat
 from attncongruence.capture import find
@@ -31,14 +32,15 @@ def capture_attention(model: nn.Module, layers: Layers = -1, *, analysis: bool =
     """Captures the pre-softmax attention of chosen layers, with gradient, each time the model runs.
 
     Nothing in the model changes: no configuration, no weights, no attention kernel, and its output stays the same bit
-    for bit. Forward passes with gradients off (validation) are not captured.
+    for bit. What runs with gradients off is not captured: validation, or negatives that a model ranks in its forward.
 
     Args:
         model: any `nn.Module`; best before its first run if it is compiled.
         layers: which attention to take. An int or ints: self-attention by order of execution, -1 is the last one that
-            runs; they are found by watching the first forward pass. Names: dotted, `*` stands for anything (see
-            `find_attention`). Modules: as they are.
-        analysis: record also where no gradient can flow (under `torch.no_grad`, from frozen layers). Not for losses.
+            runs; they are found by watching the first forward pass, and those that run with gradients off are not
+            counted. Names: dotted, `*` stands for anything (see `find_attention`). Modules: as they are.
+        analysis: record also where no gradient can flow (under `torch.no_grad`, from frozen layers), and count it, too.
+            With gradients off, a record holds copies of queries and keys. Not for losses.
 
     Returns:
         An `AttentionCapture`: take records with `.pop()`, end it with `.close()` or a `with` block.
@@ -67,9 +69,14 @@ class AttentionCapture:
     def __init__(self, model: nn.Module, layers: Layers = -1, *, analysis: bool = False) -> None:
         if isinstance(model, nn.DataParallel):
             raise RuntimeError(DATA_PARALLEL)
-        choice = [layers] if isinstance(layers, int | str | nn.Module) else list(layers)
-        for layer in choice:
-            if isinstance(layer, bool) or not isinstance(layer, int | str | nn.Module):
+        several = isinstance(layers, Iterable) and not isinstance(layers, str | bytes | nn.Module | Tensor)
+        choice: list[int | str | nn.Module] = []
+        for layer in layers if several else [layers]:  # type: ignore[union-attr]
+            if isinstance(layer, numbers.Integral) and not isinstance(layer, bool):
+                choice.append(int(layer))
+            elif isinstance(layer, str | nn.Module):
+                choice.append(layer)
+            else:
                 raise ValueError(
                     f"layers has {layer!r}, a {type(layer).__name__}: it takes ints (order of execution, -1 is the "
                     "last), dotted names with wildcards, or modules, one or a list of them"
@@ -80,12 +87,12 @@ class AttentionCapture:
         _compat.check(by_number=bool(self._indices))
         self.model = _compat.unwrapped(model)
         self.analysis = analysis
-        self._records: list[tuple[object, CapturedAttention]] = []  # each with its forward pass
+        self._records: list[tuple[_Passes, CapturedAttention]] = []  # each with the forward passes that it is part of
         self._watches: list[Watch] = []
         self._finder: Watch | None = None
         self._log: Log = []  # what attended in passes through parts of the model
         self._keep: dict[str, set[int]] = {}  # which operations of a layer, where it attends several times
-        self._thread = _CurrentPass()
+        self._thread = _CurrentPasses()
         self._ran: set[bool] = set()  # since the last pop: whether gradients were on, for each pass of the model
         self._wrong_index = ""  # why the indices name no layer
         self._gone = ""  # where the records of earlier passes are
@@ -122,7 +129,7 @@ class AttentionCapture:
             RuntimeError: there is none, or no gradient can flow from one; the message says why.
         """
         records = self._waiting()
-        if not self._thread.running:
+        if not self._thread.passes:
             self._thread.count = {}
         if not records:
             raise RuntimeError(f"nothing was captured: {self._why_nothing()}")
@@ -142,11 +149,9 @@ class AttentionCapture:
 
     def close(self) -> None:
         """Takes every hook off and forgets all records: the model is as it was found."""
-        for watch in self._watches:
+        for watch in self._all_watches():
             watch.close()
         unhook(self._handles)
-        if self._finder is not None:
-            self._finder.close()
         self._finder, self._watches = None, []
         self.forget()
         self._closed = True
@@ -160,8 +165,11 @@ class AttentionCapture:
     def _start_over(self, gone: str) -> None:
         """Only what runs from now on counts: for records, and for the reason why there is none."""
         self._records, self._log, self._gone = [], [], gone
-        for ran in (self._ran, *(watch.ran for watch in self._watches)):
+        for ran in (self._ran, *(watch.ran for watch in self._all_watches())):
             ran.clear()
+
+    def _all_watches(self) -> list[Watch]:
+        return self._watches if self._finder is None else [*self._watches, self._finder]
 
     def _watch(self, model: nn.Module, layers: Iterable[str | nn.Module]) -> None:
         for name, module in find.select_modules(model, layers).items():
@@ -171,28 +179,32 @@ class AttentionCapture:
         """Before the model's own forward."""
         if module is not self.model or _compat.in_backward():
             return
-        if self._thread.running:  # an interrupt cut this thread's last pass short
-            self._forget_pass()
         thread = self._thread
-        thread.running, thread.token, thread.error_before, thread.count = True, object(), sys.exc_info()[1], {}
-        self._ran.add(torch.is_grad_enabled())
+        self._unwind(0)
+        records = torch.is_grad_enabled() or self.analysis
+        if not thread.passes:
+            thread.count = {}
+            self._ran.add(torch.is_grad_enabled())
         for watch in self._watches:
-            watch.stop()
-            watch.compiled.take()  # left by a recomputation in backward
+            if not thread.passes:
+                watch.stop()
+                watch.compiled.take()  # left by a recomputation in backward
             # nn.TransformerEncoderLayer leaves its fast path when a hook is on: validation runs without them.
-            if not (torch.is_grad_enabled() or self.analysis):
-                unhook(watch.handles)
+            watch.attach() if records else unhook(watch.handles)
+        thread.passes = (*thread.passes, _Pass(sys.exc_info()[1]))
 
     def _end(self, module: nn.Module, args: object, result: object) -> None:
         """After the model's own forward, also if it raised."""
-        if module is not self.model or not self._thread.running:
+        thread = self._thread
+        if module is not self.model or not thread.passes or _compat.in_backward():
             return
-        self._thread.running = False
+        self._unwind(1)
         for watch in self._watches:
             self._on_layer_end("", [(name, o) for name in watch.modules for o in watch.compiled.take()])
             watch.attach()
-        if raised(result, self._thread.error_before):
+        if raised(result, thread.passes[-1].error_before):
             self._forget_pass()
+        thread.passes = thread.passes[:-1]
         if not self._warned and len(self._records) > 32 * max(1, len(self._watches)):
             self._warned = True
             warnings.warn(
@@ -202,8 +214,17 @@ class AttentionCapture:
                 stacklevel=2,
             )
 
+    def _unwind(self, begun: int) -> None:
+        """Forgets the passes of this thread that an interrupt cut short; called where one begins (0) or ends (1)."""
+        thread = self._thread
+        if len(thread.passes) > begun:
+            calls = _compat.calls_around(self.model) or ()
+            while len(thread.passes) > begun + sum(call is self.model for call in calls):
+                self._forget_pass()
+                thread.passes = thread.passes[:-1]
+
     def _forget_pass(self) -> None:
-        self._records = [(token, record) for token, record in self._records if token is not self._thread.token]
+        self._records = [(passes, record) for passes, record in self._records if self._thread.passes[-1] not in passes]
 
     def _on_layer_end(self, _: str, log: Log) -> None:
         """A watched layer has run."""
@@ -212,7 +233,7 @@ class AttentionCapture:
             keep = self._keep.get(name)
             number = count[name] = count.get(name, -1) + 1
             if keep is None or number in keep:
-                self._records.append((self._thread.token, CapturedAttention(name, operation)))
+                self._records.append((self._thread.passes, CapturedAttention(name, operation)))
 
     def _on_pass_end(self, name: str, log: Log) -> None:
         """The model has run, or a part of it (`name`) that was called from outside; layers are not chosen yet."""
@@ -245,7 +266,7 @@ class AttentionCapture:
                     "warning is gone.",
                     stacklevel=2,
                 )
-        self._records += [(self._thread.token, CapturedAttention(name, operation)) for name, _, operation in chosen]
+        self._records += [(self._thread.passes, CapturedAttention(name, operation)) for name, _, operation in chosen]
         if self._finder is None:  # another thread was first
             return
         self._finder.close()
@@ -266,7 +287,8 @@ class AttentionCapture:
                 "hooks were not called: TorchScript calls none, and a direct model.forward(...) only those of "
                 f"submodules. Then name a layer inside the part that runs: {find.candidates(self.model)}."
             )
-        if not self.analysis and (self._ran == {False} or any(False in ran for ran in layers_ran)):
+        off = any(False in watch.ran for watch in self._all_watches()) and not self._wrong_index
+        if not self.analysis and (self._ran == {False} or off):
             return (
                 f"the layer ran with gradients off. In training: {_REENTRANT}, or inside a no_grad() block of the "
                 "model. In validation, or for analysis: capture_attention(..., analysis=True)."
@@ -281,11 +303,20 @@ class AttentionCapture:
         return self._wrong_index or find.nothing_seen(self.model)
 
 
-class _CurrentPass(threading.local):
-    """This thread's forward pass through the model."""
+class _Pass:
+    """One forward pass through the model."""
 
-    running, token = False, object()  # the token tells the records of one pass from those of another
-    error_before: BaseException | None = None
+    def __init__(self, error_before: BaseException | None) -> None:
+        self.error_before = error_before
+
+
+_Passes = tuple[_Pass, ...]
+
+
+class _CurrentPasses(threading.local):
+    """This thread's forward passes through the model: more than one where the model calls itself."""
+
+    passes: _Passes = ()
 
     def __init__(self) -> None:
-        self.count: dict[str, int] = {}  # attention operations so far, by layer
+        self.count: dict[str, int] = {}  # attention operations so far in the outer pass, by layer

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from attncongruence import _compat
 from attncongruence.capture import product
 from attncongruence.capture.product import Log, Operation, tensors_in
+from attncongruence.capture.versions import kept
 
 
 class AttentionMode(TorchFunctionMode):
@@ -23,9 +24,11 @@ class AttentionMode(TorchFunctionMode):
     model, it also tells inputs apart, and logs only softmaxes over products.
     """
 
-    def __init__(self, *, whole: bool = False) -> None:
+    def __init__(self, *, whole: bool = False, records: Callable[[], bool] = lambda: True) -> None:
         super().__init__()
-        self.path: list[tuple[str, Callable[[], None]]] = []  # modules that run now; what to do when they have run
+        # Modules that run now; what to do when they have run; how long the log was before.
+        self.path: list[tuple[str, Callable[[], None], int]] = []
+        self._records = records
         self.error_before = sys.exc_info()[1]
         self._log: Log = []
         self._lineage = Lineage() if whole else None
@@ -35,9 +38,20 @@ class AttentionMode(TorchFunctionMode):
         self._folds: dict[int, tuple[int, int]] = {}  # (batch, heads) by their product, as reshapes show them
 
     def log(self, operation: Operation) -> None:
-        """Adds an operation of the innermost module that runs."""
-        if operation.from_product or self._lineage is None:
-            self._log.append((self.path[-1][0], operation))
+        """Adds an operation of the innermost module that runs, if it is to be recorded."""
+        if (operation.from_product or self._lineage is None) and self._records():
+            self._log.append((self.path[-1][0], kept(operation)))
+
+    def enter(self, name: str, at_end: Callable[[], None]) -> None:
+        """A module begins to run."""
+        self.path.append((name, at_end, len(self._log)))
+
+    def leave(self, *, failed: bool) -> None:
+        """The innermost module has run; nothing of it counts if it raised."""
+        _, at_end, before = self.path.pop()
+        at_end()
+        if failed:
+            del self._log[before:]
 
     def finish(self) -> Log:
         """Switches the mode off, also late, when an interrupt skipped the end, and returns the log."""
@@ -55,7 +69,6 @@ class AttentionMode(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return _compat.mha_body(*args, **kwargs)
-        result = func(*args, **kwargs)
         # torch.Tensor.__matmul__, torch.matmul and Tensor.matmul are all "matmul".
         name = str(getattr(func, "__name__", "")).strip("_")
         if func is F.scaled_dot_product_attention:
@@ -64,6 +77,7 @@ class AttentionMode(TorchFunctionMode):
         elif name == "softmax" and (logits := product.softmax_logits(*args, **kwargs)) is not None:
             operation = self._known(logits) or Operation(from_product=False)
             self.log(dataclasses.replace(operation, logits=logits))
+        result = func(*args, **kwargs)  # softmax(scores, out=scores) writes to what was logged
         self.follow(name, args, kwargs, result)
         return result
 
@@ -120,8 +134,8 @@ class AttentionMode(TorchFunctionMode):
         # Transposed scores are for the other direction, longer ones have a sink, wider ones a bias for each head: all
         # are scores, none is scale q k^T.
         same_shape = scores.shape == result.shape or (name in product.RESHAPES and same_matrix)
-        if name == "softmax" or operation.query is None or not same_shape:
-            return operation.opaque(from_product=name != "softmax")
+        if name == "softmax" or not same_shape:
+            return operation.opaque(from_product=name != "softmax", moved=not same_shape)
         return product.read_step(name, operation, scores, args, kwargs) or operation.opaque()
 
 

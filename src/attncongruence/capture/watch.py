@@ -64,32 +64,60 @@ class Watch:
         self.stop()
         self.compiled.take()
 
-    def _records(self) -> bool:
+    def _traces(self) -> bool:
         # torch.compile guards on `closed`: after close() the model is compiled again, without us.
         return not self.closed and (self.analysis or torch.is_grad_enabled())
+
+    def _records(self) -> bool:
+        """Whether to record what runs now.
+
+        Not with gradients off, where a model ranks negatives inside its forward. What reentrant checkpointing runs has
+        a gradient all the same, which its record lacks: it is recorded so that pop() can say so.
+        """
+        return self._traces() or (not self.closed and _compat.in_function())
+
+    def _logs(self) -> bool:
+        """Whether to record one operation of a pass."""
+        if not self._records():
+            self.ran.add(False)
+            return False
+        return not _compat.in_backward()
+
+    def _unwind(self, mode: AttentionMode, calls: list[object] | None) -> None:
+        """Leaves the modules of a pass that are not among the calls on the stack: an interrupt cut them short."""
+        names = [name for name, *_ in mode.path]
+        while names and names.count(names[-1]) > sum(call is self.modules[names[-1]] for call in calls or ()):
+            mode.leave(failed=True)
+            names.pop()
+        if not names:
+            self.stop()
 
     def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         if kwargs is None:  # the model itself is watched, and its own hook has just taken this one off
             return
         if torch.compiler.is_compiling():
-            if self._records():
+            if self._traces():
                 self.compiled.slot = self.compiled.shapes = ()
                 push_mode(self.compiled)
             return
-        if not (self._whole and name):
-            self.stop()
         if _compat.is_replica(module):  # made for one step: it has the model's hooks and nothing else
             raise RuntimeError(f"this {type(module).__name__} is a replica of torch.nn.DataParallel. {DATA_PARALLEL}")
-        fast = on_torch_fast_path(module, (*args, *kwargs.values()))
+        # Checkpointing calls forward again in backward; the module was seen before.
+        if module is not self.modules[name] or _compat.in_backward():
+            return
+        if self._thread.mode is not None:
+            calls = _compat.calls_around(module)
+            if calls is not None or not (self._whole and name):
+                self._unwind(self._thread.mode, calls)
+        fast = on_torch_fast_path(module, (*args, *kwargs.values()), self.analysis)
         mode = self._thread.mode
         if mode is None:
-            # Checkpointing calls forward again in backward; the module was seen before.
-            if module is not self.modules[name] or _compat.in_backward():
+            records = self._records()
+            if not self._whole:
+                self.ran.add(records)
+            if not records or (fast and not self._whole):
                 return
-            self.ran.add(self._records())
-            if not self._records() or (fast and not self._whole):
-                return
-            mode = self._thread.mode = AttentionMode(whole=self._whole)
+            mode = self._thread.mode = AttentionMode(whole=self._whole, records=self._logs)
             push_mode(mode)
         at_end: Callable[[], None] = do_nothing
         if fast and not self.analysis:
@@ -97,17 +125,20 @@ class Watch:
                 at_end = functools.partial(push_mode, mode)
         elif name in self._candidates:
             at_end = show_kernel(module)
-        mode.path.append((name, at_end))
+        mode.enter(name, at_end)
 
     def _leave(self, name: str, module: nn.Module, args: object, result: object) -> None:
         if torch.compiler.is_compiling():
-            if self._records():
+            if self._traces():
                 pop_mode(self.compiled)
-        elif (mode := self._thread.mode) is not None and module is self.modules[name]:
-            mode.path.pop()[1]()
+        elif (mode := self._thread.mode) is not None and module is self.modules[name] and not _compat.in_backward():
+            if len(mode.path) > 1 and (calls := _compat.calls_around(module)) is not None:
+                self._unwind(mode, [module, *calls])
+            failed = raised(result, mode.error_before)
+            mode.leave(failed=failed)
             if not mode.path:
                 log = self.stop()
-                if not raised(result, mode.error_before):
+                if not failed:
                     self.on_end(name, log)
 
 
@@ -137,15 +168,16 @@ def uncompiled_hook() -> type[Hook]:
 @functools.cache
 def eager_pass_hooks() -> tuple[type[Hook], type[Hook]]:
     """Two types of hooks: the first switches `torch.compile` off for one forward pass, the second on again."""
-    compiler = threading.local()
+    compiler = threading.local()  # a pass may run inside of another one of the same model
 
     def open_pass(self: Hook, *args: Any) -> None:
-        compiler.callback = _compat.set_compiler(None)
+        compiler.callbacks = [*getattr(compiler, "callbacks", ()), _compat.set_compiler(None)]
         self.call(*args)
 
     def close_pass(self: Hook, *args: Any) -> None:
         self.call(*args)
-        _compat.set_compiler(getattr(compiler, "callback", None))
+        *compiler.callbacks, callback = getattr(compiler, "callbacks", None) or [None]
+        _compat.set_compiler(callback)
 
     return (
         type("OpensEagerPass", (Hook,), {"__call__": _compat.skip_frame(open_pass)}),
@@ -173,12 +205,16 @@ def raised(result: object, error_before: BaseException | None) -> bool:
     return result is None and sys.exc_info()[1] is not error_before
 
 
-def on_torch_fast_path(module: nn.Module, args: Iterable[object]) -> bool:
-    """Whether torch's encoder runs frozen in evaluation, or on nested tensors: a mode would change or break that."""
+def on_torch_fast_path(module: nn.Module, args: Iterable[object], analysis: bool) -> bool:
+    """Whether torch's encoder runs frozen in evaluation, or on nested tensors: a mode would change or break that.
+
+    With gradients off it runs as if it were frozen, which is for analysis to record.
+    """
     tensors = [a for a in args if isinstance(a, Tensor)]
     if any(t.is_nested for t in tensors):
         return True
     encoders = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
     if module.training or not isinstance(module, encoders):
         return False
-    return not any(t.requires_grad for t in (*tensors, *module.parameters()))
+    learns = torch.is_grad_enabled() or analysis
+    return not (learns and any(t.requires_grad for t in (*tensors, *module.parameters())))

@@ -283,9 +283,9 @@ class Regularizer:
     def _add_loss(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any | None:
         """The output of a call with the loss added; None if there is nothing to add."""
         optimizer_steps.watch_engines()
+        if not torch.is_grad_enabled():  # perhaps inside of a pass that trains, whose records stay
+            return None
         try:
-            if not torch.is_grad_enabled():
-                return None
             if not self.model.training:
                 self._ran_in_eval = True
                 return None
