@@ -46,6 +46,7 @@ class Operation:
         logits: the tensor given to `softmax`, where the model calls it by itself.
         from_product: False for a softmax over something that is no product of two batched tensors.
         cross: queries and keys are known to come from two sequences.
+        spoke: groups of processes that its module spoke to while it ran.
     """
 
     query: Tensor | None = None
@@ -56,6 +57,7 @@ class Operation:
     logits: Tensor | None = None
     from_product: bool = True
     cross: bool = False
+    spoke: frozenset[str] = frozenset()
 
     @property
     def main(self) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from attncongruence import _compat
-from attncongruence.capture import find
+from attncongruence.capture import find, sharded
 from attncongruence.capture.product import Log
 from attncongruence.capture.record import CapturedAttention
 from attncongruence.capture.watch import DATA_PARALLEL, Watch, hook_module, raised, uncompiled_hook, unhook
@@ -88,6 +88,7 @@ class AttentionCapture:
         self._ran: set[bool] = set()  # since the last pop: whether gradients were on, for each pass of the model
         self._wrong_index = ""  # why the indices name no layer
         self._gone = ""  # where the records of earlier passes are
+        self._cut = ""  # what has spread sequences over processes since the last pop
         self._closed = self._warned = False
         hook = uncompiled_hook()
         self._handles = hook_module(self.model, hook(self._begin), hook(self._end))
@@ -133,7 +134,7 @@ class AttentionCapture:
                     f"and keys are frozen, or the layer ran {_REENTRANT}. To look at attention without training it, "
                     "capture_attention(..., analysis=True)."
                 )
-        return records
+        return [sharded.whole(record, self.model) for record in records]
 
     def forget(self) -> None:
         """Drops all records since the last pop, however many there are."""
@@ -158,7 +159,7 @@ class AttentionCapture:
 
     def _start_over(self, gone: str) -> None:
         """Only what runs from now on counts: for records, and for the reason why there is none."""
-        self._records, self._log, self._gone = [], [], gone
+        self._records, self._log, self._gone, self._cut = [], [], gone, ""
         for ran in (self._ran, *(watch.ran for watch in self._watches)):
             ran.clear()
 
@@ -175,6 +176,7 @@ class AttentionCapture:
         thread = self._thread
         thread.running, thread.token, thread.error_before, thread.count = True, object(), sys.exc_info()[1], {}
         self._ran.add(torch.is_grad_enabled())
+        self._cut = sharded.cuts_sequences() or self._cut
         for watch in self._watches:
             watch.stop()
             watch.compiled.take()  # left by a recomputation in backward
@@ -223,6 +225,8 @@ class AttentionCapture:
         # If only parts of the model have run, because a wrapper calls them, they are the forward pass.
         if self._finder is not None and self._log:
             self._choose()
+        if cut := sharded.cuts_sequences() or self._cut:
+            raise RuntimeError(sharded.CUT.format(cut))
         return [record for _, record in self._records]
 
     def _choose(self) -> None:

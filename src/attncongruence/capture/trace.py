@@ -27,7 +27,7 @@ class AttentionMode(TorchFunctionMode):
         super().__init__()
         self.path: list[tuple[str, Callable[[], None]]] = []  # modules that run now; what to do when they have run
         self.error_before = sys.exc_info()[1]
-        self._log: Log = []
+        self.entries: Log = []
         self._lineage = Lineage() if whole else None
         # By id: the tensor, its version, and the operation behind it. Weak, so that the model's intermediate scores
         # are freed as early as they are without us.
@@ -37,7 +37,7 @@ class AttentionMode(TorchFunctionMode):
     def log(self, operation: Operation) -> None:
         """Adds an operation of the innermost module that runs."""
         if operation.from_product or self._lineage is None:
-            self._log.append((self.path[-1][0], operation))
+            self.entries.append((self.path[-1][0], operation))
 
     def finish(self) -> Log:
         """Switches the mode off, also late, when an interrupt skipped the end, and returns the log."""
@@ -45,7 +45,7 @@ class AttentionMode(TorchFunctionMode):
             self.path.pop()[1]()
         remove_mode(self)
         # Softmaxes that weigh no keys (gates, routers) are dropped, unless nothing else was seen.
-        log = [(name, operation) for name, operation in self._log if operation.from_product] or self._log
+        log = [(name, operation) for name, operation in self.entries if operation.from_product] or self.entries
         return [(name, operation.four_d(self._folds)) for name, operation in log]
 
     def __torch_function__(self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -138,8 +138,9 @@ class Lineage:
 
     def follow(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object) -> None:
         """Records one torch function after it ran."""
-        made = [t for t in tensors_in((result,)) if t.is_floating_point()]
-        given = tensors_in((*args, *kwargs.values()))
+        # A DTensor and its part on this process are one: the way from one to the other is no torch function.
+        made = [_compat.local_part(t) for t in tensors_in((result,)) if t.is_floating_point()]
+        given = [_compat.local_part(t) for t in tensors_in((*args, *kwargs.values()))]
         if not made or not given:
             return
         origin = next((o for o in map(self.origin, given) if o is not None), None)
@@ -153,6 +154,7 @@ class Lineage:
 
     def origin(self, tensor: object) -> int | None:
         """Number of a tensor's origin, if it has one."""
+        tensor = _compat.local_part(tensor) if isinstance(tensor, Tensor) else tensor
         ref, origin = self._origins.get(id(tensor), (None, 0))
         return origin if ref is not None and ref() is tensor else None
 

@@ -1,5 +1,6 @@
 """Watches modules: hooks that switch a mode on before a forward and off after it."""
 
+import dataclasses
 import functools
 import sys
 import threading
@@ -97,7 +98,7 @@ class Watch:
                 at_end = functools.partial(push_mode, mode)
         elif name in self._candidates:
             at_end = show_kernel(module)
-        mode.path.append((name, at_end))
+        mode.path.append((name, _listen(name, mode.entries, at_end)))
 
     def _leave(self, name: str, module: nn.Module, args: object, result: object) -> None:
         if torch.compiler.is_compiling():
@@ -109,6 +110,18 @@ class Watch:
                 log = self.stop()
                 if not raised(result, mode.error_before):
                     self.on_end(name, log)
+
+
+def _listen(name: str, log: Log, at_end: Callable[[], None]) -> Callable[[], None]:
+    """`at_end`, which then also marks what a module logs until then, if the module speaks to other processes."""
+    start, before = len(log), _compat.collectives()
+
+    def end() -> None:
+        at_end()
+        if groups := frozenset(g for g, count in _compat.collectives().items() if count != before.get(g)):
+            log[start:] = [(n, dataclasses.replace(o, spoke=groups) if n == name else o) for n, o in log[start:]]
+
+    return end
 
 
 class _ThisThread(threading.local):
