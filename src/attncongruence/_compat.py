@@ -253,8 +253,8 @@ def cuts_sequences() -> str:
 def splits_heads(module: nn.Module) -> str:
     """Which library has split a module over processes and left only a mark; "" where none has.
 
-    transformers 5.1 to 5.16 and plans that begin with "local" keep plain parts of weights, as Megatron and DeepSpeed
-    do. Gone: "", and a layer is refused only where it is seen to speak to other processes.
+    Plans of transformers that begin with "local" keep plain parts of weights, as Megatron and DeepSpeed do. Gone: "",
+    and a layer is refused only where it is seen to speak to other processes.
     """
     for part in module.modules():
         if type(part).__module__.startswith("deepspeed.sequence"):

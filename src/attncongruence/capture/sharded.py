@@ -23,8 +23,8 @@ CUT = (
 )
 _UNKNOWN = (
     "{layer} is spread over processes in a way that capture cannot follow: {why}. Each process would average over its "
-    "own part alone. Shard heads evenly with DTensors (torch's parallelize_module, tp_plan='auto' in transformers 5.17 "
-    "and later), run it with gradients on and without torch.compile, name the module that holds the projections of "
+    "own part alone. Shard heads evenly with DTensors (torch's parallelize_module, tp_plan='auto' in transformers), "
+    "run the layer with gradients on and without torch.compile, and name the module that holds the projections of "
     "queries and keys; or train with this loss under FSDP or DDP."
 )
 _PRODUCT = re.compile(r"(Mm|Addmm|Bmm|Baddbmm|Linear|MkldnnLinear|Convolution)Backward")
