@@ -7,7 +7,6 @@ replacement; capture cannot be right without the rest, and says so when it is ma
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import operator
@@ -25,7 +24,7 @@ TORCH = "2.6 to 2.15"
 """The versions of torch that this module was held to."""
 
 
-def _part(path: str) -> Any:
+def part(path: str) -> Any:
     """A part of torch by its path; None where it is gone."""
     try:
         return operator.attrgetter(path)(torch)
@@ -36,7 +35,7 @@ def _part(path: str) -> Any:
 # torch: the modes that see functions
 
 
-_get_modes = _part("overrides._get_current_function_mode_stack")
+_get_modes = part("overrides._get_current_function_mode_stack")
 
 
 def function_modes() -> list[TorchFunctionMode]:
@@ -71,7 +70,7 @@ way to dispatch): None, and capture is refused by `check`.
 # torch: autograd
 
 
-_graph_task = _part("_C._current_graph_task_id")
+_graph_task = part("_C._current_graph_task_id")
 
 
 def in_backward() -> bool:
@@ -100,10 +99,10 @@ def version(tensor: Tensor) -> float:
 
 
 _is_wrapped, _is_mapped, _unwrapped = (
-    _part(f"_C._functorch.{name}") for name in ("is_functorch_wrapped_tensor", "is_batchedtensor", "get_unwrapped")
+    part(f"_C._functorch.{name}") for name in ("is_functorch_wrapped_tensor", "is_batchedtensor", "get_unwrapped")
 )
-_softmax_grad = _part("ops.aten._softmax_backward_data.out")
-_log_softmax_grad = _part("ops.aten._log_softmax_backward_data")
+_softmax_grad = part("ops.aten._softmax_backward_data.out")
+_log_softmax_grad = part("ops.aten._log_softmax_backward_data")
 
 
 def mapped(x: Tensor) -> bool:
@@ -144,7 +143,7 @@ def log_softmax_grad(grad: Tensor, log_P: Tensor) -> Tensor:
 # torch: compile
 
 
-_set_eval_frame = _part("_C._dynamo.eval_frame.set_eval_frame")
+_set_eval_frame = part("_C._dynamo.eval_frame.set_eval_frame")
 
 
 def set_compiler(callback: Any) -> Any:
@@ -196,7 +195,7 @@ def hooks_of(module: nn.Module) -> list[Any]:
     return [h for name in ("_forward_hooks", "_forward_pre_hooks") for h in getattr(module, name, {}).values()]
 
 
-# torch.distributed
+# torch: DTensors
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -206,82 +205,6 @@ def local_part(tensor: Tensor) -> Tensor:
     self-attention over DTensors counts as cross-attention when layers are chosen by number.
     """
     return getattr(tensor, "_local_tensor", tensor)
-
-
-def placement(node: Any) -> Any:
-    """Of an autograd node that made a plain tensor of a DTensor: how that one lay over processes; else None.
-
-    Its `mesh`, `placements` and (global) `shape`. Gone: None.
-    """
-    return getattr(node, "dtensor_spec", None) if type(node).__name__ == "_ToTorchTensorBackward" else None
-
-
-def shows_placements() -> bool:
-    """Whether `placement` can be known. Gone: False, and layers with DTensor weights are refused."""
-    return _part("distributed.tensor._api._ToTorchTensor") is not None
-
-
-def collectives() -> dict[str, int]:
-    """How many operations this process has taken part in, in each group of processes.
-
-    Gone, or not counted by a backend: no such group. A layer that speaks to other processes is then not refused.
-    """
-    counts = {}
-    for group in list(_part("distributed.distributed_c10d._world.pg_map") or ()):
-        with contextlib.suppress(AttributeError, RuntimeError):
-            if group.size() > 1:
-                counts[group.group_name] = group._get_sequence_number_for_group()
-    return counts
-
-
-def cuts_sequences() -> str:
-    """What spreads each sequence over processes at the moment; "" where nothing is known to.
-
-    Gone: "", and a layer is refused only where it is seen to speak to other processes.
-    """
-    patched = str(getattr(F.scaled_dot_product_attention, "__module__", ""))
-    handlers = getattr(_part("distributed.tensor.DTensor._op_dispatcher"), "_custom_op_handlers", {})
-    if (
-        patched.startswith("torch.distributed.")
-        or _part("ops.aten._scaled_dot_product_flash_attention.default") in handlers
-    ):
-        return "context parallelism of torch (torch.distributed.tensor.experimental.context_parallel)"
-    deepspeed = sys.modules.get("deepspeed.runtime.sequence_parallel.parallel_state_sp")
-    return "" if getattr(deepspeed, "_SEQUENCE_PARALLEL_GROUP", None) is None else "sequence parallelism of DeepSpeed"
-
-
-def splits_heads(module: nn.Module) -> str:
-    """Which library has split a module over processes and left only a mark; "" where none has.
-
-    Plans of transformers that begin with "local" keep plain parts of weights, as Megatron and DeepSpeed do. Gone: "",
-    and a layer is refused only where it is seen to speak to other processes.
-    """
-    for part in module.modules():
-        if type(part).__module__.startswith("deepspeed.sequence"):
-            return f"{type(part).__name__} of DeepSpeed"
-        if getattr(part, "_hf_tp_plan", "replicate") != "replicate":
-            return "the tensor parallel plan of transformers"
-    return "tensor parallelism" if any(getattr(p, "tensor_model_parallel", False) for p in module.parameters()) else ""
-
-
-def fsdp_weights(model: nn.Module) -> set[int]:
-    """Ids of the parameters that are whole but for FSDP2, which gathers them to run.
-
-    Gone: none, and a compiled layer under FSDP2 is refused, as is one without gradients.
-    """
-    found = set()
-    with contextlib.suppress(AttributeError):
-        for state in (part._get_fsdp_state() for part in model.modules() if hasattr(part, "_get_fsdp_state")):  # type: ignore[operator]
-            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-            for weight in (weight for group in groups if group is not None for weight in group.fsdp_params):
-                info = weight._module_info
-                found |= set() if weight.is_dtensor else {id(getattr(info.module, info.param_name))}
-    return found
-
-
-def zero3(module: nn.Module) -> bool:
-    """Whether ZeRO-3 of DeepSpeed gathers a module's weights while it runs. Gone: False, and it is refused."""
-    return any(hasattr(p, "ds_id") for p in module.parameters())
 
 
 # torch: what cannot be done without

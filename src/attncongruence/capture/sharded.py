@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from attncongruence import _compat
+from attncongruence import _compat_distributed as _compat
 from attncongruence.capture.find import named_modules
 from attncongruence.capture.product import Operation
 from attncongruence.capture.record import CapturedAttention

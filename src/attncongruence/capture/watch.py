@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attncongruence import _compat
+from attncongruence import _compat, _compat_distributed
 from attncongruence.capture.kernels import do_nothing, show_kernel
 from attncongruence.capture.product import Log
 from attncongruence.capture.trace import AttentionMode, CompiledMode, pop_mode, push_mode, remove_mode
@@ -114,11 +114,13 @@ class Watch:
 
 def _listen(name: str, log: Log, at_end: Callable[[], None]) -> Callable[[], None]:
     """`at_end`, which then also marks what a module logs until then, if the module speaks to other processes."""
-    start, before = len(log), _compat.collectives()
+    start, before = len(log), _compat_distributed.collectives()
+    if not before:  # this process works by itself
+        return at_end
 
     def end() -> None:
         at_end()
-        if groups := frozenset(g for g, count in _compat.collectives().items() if count != before.get(g)):
+        if groups := frozenset(g for g, count in _compat_distributed.collectives().items() if count != before.get(g)):
             log[start:] = [(n, dataclasses.replace(o, spoke=groups) if n == name else o) for n, o in log[start:]]
 
     return end
