@@ -24,7 +24,7 @@ TORCH = "2.6 to 2.15"
 """The versions of torch that this module was held to."""
 
 
-def _part(path: str) -> Any:
+def part(path: str) -> Any:
     """A part of torch by its path; None where it is gone."""
     try:
         return operator.attrgetter(path)(torch)
@@ -35,7 +35,7 @@ def _part(path: str) -> Any:
 # torch: the modes that see functions
 
 
-_get_modes = _part("overrides._get_current_function_mode_stack")
+_get_modes = part("overrides._get_current_function_mode_stack")
 
 
 def function_modes() -> list[TorchFunctionMode]:
@@ -70,7 +70,7 @@ way to dispatch): None, and capture is refused by `check`.
 # torch: autograd
 
 
-_graph_task = _part("_C._current_graph_task_id")
+_graph_task = part("_C._current_graph_task_id")
 
 
 def in_backward() -> bool:
@@ -92,17 +92,21 @@ def version(tensor: Tensor) -> float:
     """
     if not _has_version:
         return math.nan
-    return 0 if tensor.is_inference() else tensor._version
+    return 0 if tensor.is_inference() else writes(tensor)
+
+
+writes = operator.attrgetter("_version") if _has_version else len
+"""`version` of tensors that count, without a function of Python. Gone: a number that no write changes."""
 
 
 # torch: the streaming form
 
 
 _is_wrapped, _is_mapped, _unwrapped = (
-    _part(f"_C._functorch.{name}") for name in ("is_functorch_wrapped_tensor", "is_batchedtensor", "get_unwrapped")
+    part(f"_C._functorch.{name}") for name in ("is_functorch_wrapped_tensor", "is_batchedtensor", "get_unwrapped")
 )
-_softmax_grad = _part("ops.aten._softmax_backward_data.out")
-_log_softmax_grad = _part("ops.aten._log_softmax_backward_data")
+_softmax_grad = part("ops.aten._softmax_backward_data.out")
+_log_softmax_grad = part("ops.aten._log_softmax_backward_data")
 
 
 def mapped(x: Tensor) -> bool:
@@ -143,7 +147,7 @@ def log_softmax_grad(grad: Tensor, log_P: Tensor) -> Tensor:
 # torch: compile
 
 
-_set_eval_frame = _part("_C._dynamo.eval_frame.set_eval_frame")
+_set_eval_frame = part("_C._dynamo.eval_frame.set_eval_frame")
 
 
 def set_compiler(callback: Any) -> Any:
@@ -226,38 +230,20 @@ def hooks_of(module: nn.Module) -> list[Any]:
     return [h for name in ("_forward_hooks", "_forward_pre_hooks") for h in getattr(module, name, {}).values()]
 
 
-_calls = _part("nn.Module._call_impl.__code__.co_name")
+FORWARD = part("nn.Module._call_impl.__code__.co_name")
+"""The name of the frame of each call of a module. Gone: None, and nothing tells a nested pass from one cut short."""
 
 
-def calls_around(module: nn.Module) -> list[object] | None:
-    """The modules in whose forward this call of `module` was made, innermost first; from a hook of `module`.
+# torch: DTensors
 
-    An interrupt (KeyboardInterrupt, SystemExit, GeneratorExit) skips the hooks after forward, so that only Python's
-    stack tells a pass that was cut short from one that goes on and has called its module again. Gone: None, and each
-    pass counts as cut short when its module is called again, so that only the inner one is recorded.
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The part of a DTensor that this process holds; any other tensor as it is.
+
+    `to_local()` is public, and makes another tensor each time, which no trail leads to. Gone: the tensor itself, and
+    self-attention over DTensors counts as cross-attention when layers are chosen by number.
     """
-    calls, frame = [], sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_name == _calls and "self" in frame.f_locals:
-            calls.append(frame.f_locals["self"])
-        frame = frame.f_back  # type: ignore[assignment]
-    return calls[1:] if calls and calls[0] is module else None
-
-
-def in_function() -> bool:
-    """Whether the forward of a `torch.autograd.Function` runs, as in reentrant checkpointing, which runs layers there.
-
-    Gradients are off in there, but what runs has a backward pass. Gone (no frames): False.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == "forward" and code.co_varnames[:1] not in ((), ("self",)):
-            first = frame.f_locals.get(code.co_varnames[0])
-            if isinstance(first, torch.autograd.function.FunctionCtx):
-                return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 # torch: what cannot be done without
@@ -343,17 +329,3 @@ def exportable_state() -> type:
     from transformers import trainer_callback
 
     return getattr(trainer_callback, "ExportableState", type("NotExported", (), {}))
-
-
-def trainer_of(callback: object) -> Any:
-    """The trainer that calls a callback right now: of all objects on the call stack, the one that has it among its own.
-
-    Trainer passes the model to its callbacks, and not itself. Gone: None, and the callback refuses to train.
-    """
-    frame = sys._getframe()
-    while (frame := frame.f_back) is not None:  # type: ignore[assignment]
-        owner = frame.f_locals.get("self")
-        callbacks = getattr(getattr(owner, "callback_handler", None), "callbacks", ())
-        if any(one is callback for one in callbacks):
-            return owner
-    return None

@@ -48,6 +48,7 @@ class Operation:
         from_product: False for a softmax over something that is no product of two batched tensors.
         cross: queries and keys are known to come from two sequences.
         versions: each of `tensors` as the model used it, with its version then; (): not known.
+        spoke: groups of processes that its module spoke to while it ran.
     """
 
     query: Tensor | None = None
@@ -60,6 +61,7 @@ class Operation:
     cross: bool = False
     written: tuple[float, ...] = ()
     versions: tuple[tuple[Tensor, float], ...] = ()
+    spoke: frozenset[str] = frozenset()
 
     @property
     def main(self) -> Tensor:

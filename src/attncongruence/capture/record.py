@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attncongruence import _compat
 from attncongruence._typing import at_least_float32, no_autocast
 from attncongruence.capture.masks import hidden, seen_in, unmasked
 from attncongruence.capture.product import Operation
@@ -77,7 +78,10 @@ class CapturedAttention(ScoreSource):
         # Scores that were first computed under no_grad() would train nothing: they are computed again for a loss.
         if kept is not None and (kept.requires_grad or not (torch.is_grad_enabled() and self.requires_grad)):
             return kept
-        operation = self._unwritten()
+        operation = self._operation
+        for tensor, version in operation.versions:
+            if _compat.writes(tensor) != version:
+                operation = self._unwritten()
         if operation.logits is not None:
             scores = at_least_float32(operation.logits)
         else:
@@ -98,6 +102,8 @@ class CapturedAttention(ScoreSource):
     @cached_property
     def allowed(self) -> Tensor | None:
         """Boolean, broadcastable to `scores`: which pairs may attend; None when the layer masks nothing."""
+        if self._operation.query is not None and not (self._operation.masks or self._operation.causal):
+            return None
         operation = self._unwritten()
         masked = unmasked(operation)
         if operation.query is not None:

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from attncongruence import _compat
-from attncongruence.capture import find
+from attncongruence import _compat, _compat_stack
+from attncongruence.capture import find, sharded
 from attncongruence.capture.product import Log
 from attncongruence.capture.record import CapturedAttention
 from attncongruence.capture.watch import DATA_PARALLEL, Watch, hook_module, raised, uncompiled_hook, unhook
@@ -96,6 +96,7 @@ class AttentionCapture:
         self._ran: set[bool] = set()  # since the last pop: whether gradients were on, for each pass of the model
         self._wrong_index = ""  # why the indices name no layer
         self._gone = ""  # where the records of earlier passes are
+        self._cut = ""  # what has spread sequences over processes since the last pop
         self._closed = self._warned = False
         hook = uncompiled_hook()
         self._handles = hook_module(self.model, hook(self._begin), hook(self._end))
@@ -141,7 +142,7 @@ class AttentionCapture:
                     f"and keys are frozen, or the layer ran {_REENTRANT}. To look at attention without training it, "
                     "capture_attention(..., analysis=True)."
                 )
-        return records
+        return [sharded.whole(record, self.model) for record in records]
 
     def forget(self) -> None:
         """Drops all records since the last pop, however many there are."""
@@ -164,7 +165,7 @@ class AttentionCapture:
 
     def _start_over(self, gone: str) -> None:
         """Only what runs from now on counts: for records, and for the reason why there is none."""
-        self._records, self._log, self._gone = [], [], gone
+        self._records, self._log, self._gone, self._cut = [], [], gone, ""
         for ran in (self._ran, *(watch.ran for watch in self._all_watches())):
             ran.clear()
 
@@ -185,6 +186,7 @@ class AttentionCapture:
         if not thread.passes:
             thread.count = {}
             self._ran.add(torch.is_grad_enabled())
+            self._cut = sharded.cuts_sequences() or self._cut
         for watch in self._watches:
             if not thread.passes:
                 watch.stop()
@@ -218,7 +220,7 @@ class AttentionCapture:
         """Forgets the passes of this thread that an interrupt cut short; called where one begins (0) or ends (1)."""
         thread = self._thread
         if len(thread.passes) > begun:
-            calls = _compat.calls_around(self.model) or ()
+            calls = _compat_stack.calls_around(self.model) or ()
             while len(thread.passes) > begun + sum(call is self.model for call in calls):
                 self._forget_pass()
                 thread.passes = thread.passes[:-1]
@@ -245,6 +247,8 @@ class AttentionCapture:
         # If only parts of the model have run, because a wrapper calls them, they are the forward pass.
         if self._finder is not None and self._log:
             self._choose()
+        if cut := sharded.cuts_sequences() or self._cut:
+            raise RuntimeError(sharded.CUT.format(cut))
         return [record for _, record in self._records]
 
     def _choose(self) -> None:

@@ -30,7 +30,7 @@ class AttentionMode(TorchFunctionMode):
         self.path: list[tuple[str, Callable[[], None], int]] = []
         self._records = records
         self.error_before = sys.exc_info()[1]
-        self._log: Log = []
+        self.entries: Log = []
         self._lineage = Lineage() if whole else None
         # By id: the tensor, its version, and the operation behind it. Weak, so that the model's intermediate scores
         # are freed as early as they are without us.
@@ -40,18 +40,18 @@ class AttentionMode(TorchFunctionMode):
     def log(self, operation: Operation) -> None:
         """Adds an operation of the innermost module that runs, if it is to be recorded."""
         if (operation.from_product or self._lineage is None) and self._records():
-            self._log.append((self.path[-1][0], kept(operation)))
+            self.entries.append((self.path[-1][0], kept(operation)))
 
     def enter(self, name: str, at_end: Callable[[], None]) -> None:
         """A module begins to run."""
-        self.path.append((name, at_end, len(self._log)))
+        self.path.append((name, at_end, len(self.entries)))
 
     def leave(self, *, failed: bool) -> None:
         """The innermost module has run; nothing of it counts if it raised."""
         _, at_end, before = self.path.pop()
         at_end()
         if failed:
-            del self._log[before:]
+            del self.entries[before:]
 
     def finish(self) -> Log:
         """Switches the mode off, also late, when an interrupt skipped the end, and returns the log."""
@@ -59,7 +59,7 @@ class AttentionMode(TorchFunctionMode):
             self.path.pop()[1]()
         remove_mode(self)
         # Softmaxes that weigh no keys (gates, routers) are dropped, unless nothing else was seen.
-        log = [(name, operation) for name, operation in self._log if operation.from_product] or self._log
+        log = [(name, operation) for name, operation in self.entries if operation.from_product] or self.entries
         return [(name, operation.four_d(self._folds)) for name, operation in log]
 
     def __torch_function__(self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -152,8 +152,9 @@ class Lineage:
 
     def follow(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object) -> None:
         """Records one torch function after it ran."""
-        made = [t for t in tensors_in((result,)) if t.is_floating_point()]
-        given = tensors_in((*args, *kwargs.values()))
+        # A DTensor and its part on this process are one: the way from one to the other is no torch function.
+        made = [_compat.local_part(t) for t in tensors_in((result,)) if t.is_floating_point()]
+        given = [_compat.local_part(t) for t in tensors_in((*args, *kwargs.values()))]
         if not made or not given:
             return
         origin = next((o for o in map(self.origin, given) if o is not None), None)
@@ -167,6 +168,7 @@ class Lineage:
 
     def origin(self, tensor: object) -> int | None:
         """Number of a tensor's origin, if it has one."""
+        tensor = _compat.local_part(tensor) if isinstance(tensor, Tensor) else tensor
         ref, origin = self._origins.get(id(tensor), (None, 0))
         return origin if ref is not None and ref() is tensor else None
 

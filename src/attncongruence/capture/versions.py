@@ -19,14 +19,18 @@ def kept(operation: Operation) -> Operation:
 
 
 def noted(operation: Operation) -> Operation:
-    """The same operation with the versions that its tensors have now."""
-    return dataclasses.replace(operation, versions=tuple((t, _compat.version(t)) for t in operation.tensors))
+    """The same operation with the versions that its tensors have now; inference tensors have none."""
+    counted = (_NONE if tensor.is_inference() else tensor for tensor in operation.tensors)
+    return dataclasses.replace(operation, versions=tuple((tensor, _compat.writes(tensor)) for tensor in counted))
 
 
 def changed(operation: Operation) -> list[Tensor]:
-    """Those of its tensors that the model has written to since; a version that is not known, NaN, tells nothing."""
+    """Those of its tensors that the model has written to since."""
     noted_then = zip(operation.tensors, operation.versions, strict=True)
-    return [own for own, (then, version) in noted_then if version == version != _compat.version(then)]
+    return [own for own, (then, version) in noted_then if _compat.writes(then) != version]
+
+
+_NONE = torch.empty(0)
 
 
 def _copy(tensor: Tensor) -> Tensor:

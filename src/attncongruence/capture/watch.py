@@ -1,5 +1,6 @@
 """Watches modules: hooks that switch a mode on before a forward and off after it."""
 
+import dataclasses
 import functools
 import sys
 import threading
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attncongruence import _compat
+from attncongruence import _compat, _compat_distributed, _compat_stack
 from attncongruence.capture.kernels import do_nothing, show_kernel
 from attncongruence.capture.product import Log
 from attncongruence.capture.trace import AttentionMode, CompiledMode, pop_mode, push_mode, remove_mode
@@ -74,7 +75,7 @@ class Watch:
         Not with gradients off, where a model ranks negatives inside its forward. What reentrant checkpointing runs has
         a gradient all the same, which its record lacks: it is recorded so that pop() can say so.
         """
-        return self._traces() or (not self.closed and _compat.in_function())
+        return self._traces() or (not self.closed and _compat_stack.in_function())
 
     def _logs(self) -> bool:
         """Whether to record one operation of a pass."""
@@ -106,7 +107,7 @@ class Watch:
         if module is not self.modules[name] or _compat.in_backward():
             return
         if self._thread.mode is not None:
-            calls = _compat.calls_around(module)
+            calls = _compat_stack.calls_around(module)
             if calls is not None or not (self._whole and name):
                 self._unwind(self._thread.mode, calls)
         fast = on_torch_fast_path(module, (*args, *kwargs.values()), self.analysis)
@@ -125,14 +126,14 @@ class Watch:
                 at_end = functools.partial(push_mode, mode)
         elif name in self._candidates:
             at_end = show_kernel(module)
-        mode.enter(name, at_end)
+        mode.enter(name, _listen(name, mode.entries, at_end))
 
     def _leave(self, name: str, module: nn.Module, args: object, result: object) -> None:
         if torch.compiler.is_compiling():
             if self._traces():
                 pop_mode(self.compiled)
         elif (mode := self._thread.mode) is not None and module is self.modules[name] and not _compat.in_backward():
-            if len(mode.path) > 1 and (calls := _compat.calls_around(module)) is not None:
+            if len(mode.path) > 1 and (calls := _compat_stack.calls_around(module)) is not None:
                 self._unwind(mode, [module, *calls])
             failed = raised(result, mode.error_before)
             mode.leave(failed=failed)
@@ -140,6 +141,20 @@ class Watch:
                 log = self.stop()
                 if not failed:
                     self.on_end(name, log)
+
+
+def _listen(name: str, log: Log, at_end: Callable[[], None]) -> Callable[[], None]:
+    """`at_end`, which then also marks what a module logs until then, if the module speaks to other processes."""
+    start, before = len(log), _compat_distributed.collectives()
+    if not before:  # this process works by itself
+        return at_end
+
+    def end() -> None:
+        at_end()
+        if groups := frozenset(g for g, count in _compat_distributed.collectives().items() if count != before.get(g)):
+            log[start:] = [(n, dataclasses.replace(o, spoke=groups) if n == name else o) for n, o in log[start:]]
+
+    return end
 
 
 class _ThisThread(threading.local):

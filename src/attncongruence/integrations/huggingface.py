@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
-from attncongruence import _compat
+from attncongruence import _compat, _compat_stack
 from attncongruence.capture.record import CapturedAttention
 from attncongruence.layout import TokenLayout
 from attncongruence.training.regularize import Regularizer, find_regularizer, regularize
@@ -281,7 +281,7 @@ class RegularizeCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Regularizes the trainer."""
-        trainer = _compat.trainer_of(self)
+        trainer = _compat_stack.trainer_of(self)
         if trainer is None:
             raise RuntimeError(
                 "RegularizeCallback found no trainer that has it among its callbacks: call regularize(trainer, ...) "
