@@ -11,7 +11,8 @@ from attncongruence.capture import CapturedAttention, capture_attention, find_at
 from attncongruence.capture.find import crosses
 from attncongruence.capture.session import unwrapped
 from attncongruence.doctor import measure
-from attncongruence.doctor.choose import Layer, candidates, choose, other_pictures
+from attncongruence.doctor.choose import Layer, candidates, choose
+from attncongruence.doctor.origins import trace
 from attncongruence.doctor.report import AttentionCall, Problem, ProblemFound, Report, suggest_code, within
 from attncongruence.training.term import NTextOrFunction, batch_of
 
@@ -95,7 +96,6 @@ def _examine(
         capture_attention(model).close()  # raises for torch.nn.DataParallel
         plain, again = measure.call(model, inputs), measure.call(model, inputs)
         log = measure.attention_of(model, inputs)
-        other = measure.attention_of(model, other_pictures(inputs))
     except Exception as error:  # whatever the model raises
         came = f"the model raised {type(error).__name__}: {error}"
         remedy = "check both where the factory makes them: shapes, devices, labels."
@@ -113,8 +113,7 @@ def _examine(
     report.default = candidates(model, log, -1)[0].record.layer
     args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
     batch = batch_of(model.forward, args, kwargs)
-    chosen, proposal, report.placed = choose(model, batch, log, other, found, n_text)
-    del other  # and its graph
+    chosen, proposal, report.placed = choose(model, batch, log, trace(model, inputs, log), found, n_text)
     _add_layer(report, chosen.record)
     if layers == -1 and report.layer != report.default:
         report.notes.append(

@@ -62,7 +62,9 @@ class TokenPlaces:
     image: list[int]
     seen_by_text: float  # share of pairs (text, image) that may attend: LV
     seen_by_image: float  # share of pairs (image, text): VL
-    confirmed: bool | None  # whether no text position changes when the pictures do; None: this cannot be tested
+    confirmed: bool | None  # text changes with the words alone, image with the pictures; None: this cannot be tested
+    unknown: str = ""  # why it cannot be tested
+    constant: str = ""  # image positions that change with neither
 
 
 @dataclass(frozen=True)
@@ -224,14 +226,16 @@ def _captured(found: Captured) -> str:
 
 
 def _placed(placed: TokenPlaces) -> str:
-    untested = "cannot be tested: with other pictures, no position of this kind of layer changes, or all do"
+    learned = f"image positions {placed.constant} do not change (learned tokens, such as the image's own [CLS])"
+    yes = "yes: text positions change with the words alone, image positions with the pictures"
     lines = [
         ("from", f"A GUESS: {placed.how}" if placed.guessed else placed.how),
         ("text tokens", f"{listing(placed.text, 16)} in each sample"),
         ("image tokens", f"{listing(placed.image, 16)} in each sample"),
         ("text sees", f"{placed.seen_by_text:.0%} of the image (LV)"),
         ("image sees", f"{placed.seen_by_image:.0%} of the text (VL)"),
-        ("confirmed", "yes: no text position changes when the pictures do" if placed.confirmed else untested),
+        ("confirmed", yes if placed.confirmed else f"NOT CONFIRMED, compare the numbers: {placed.unknown}"),
+        ("constant", learned if placed.constant else ""),
     ]
     return _section("text and image", lines)
 
