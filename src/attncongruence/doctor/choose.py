@@ -139,9 +139,7 @@ def _guesses(model: nn.Module, batch: Batch, record: CapturedAttention) -> Itera
         yield Proposal(sizes[name], how, f'batch["{name}"].shape[1]')
 
 
-def _places(
-    model: nn.Module, log: Log, origins: Origins, candidate: Candidate, proposal: Proposal
-) -> TokenPlaces:
+def _places(model: nn.Module, log: Log, origins: Origins, candidate: Candidate, proposal: Proposal) -> TokenPlaces:
     """Where a proposal puts text and image; a ValueError where that is wrong, or a guess that nothing confirms."""
     record = candidate.record
     try:
@@ -158,15 +156,16 @@ def _places(
         picture, words = origin.from_picture, origin.from_words
         assert picture is not None
         assert words is not None
-        for wrong, positions in (
-            ("text change with the pictures", text & picture),
-            ("image change with the words", image & words),
-            ("text change neither with words nor pictures", text & ~words),
+        for wrong, those, positions in (
+            ("text change with the pictures", "change", text & picture),
+            ("image change with the words", "change", image & words),
+            ("text change neither with the words nor with the pictures", "do not", text & ~words),
         ):
             if bool(positions.any()):
                 raise ValueError(
-                    f"in {record.layer} positions that n_text calls {wrong} ({proposal.how}). Those that {'do not' if 'neither' in wrong else 'change'}: "
-                    f"{ranges(positions)}. The words reach {ranges(words)}, the pictures {ranges(picture)}"
+                    f"in {record.layer} positions that n_text calls {wrong} ({proposal.how}). "
+                    f"Those that {those}: {ranges(positions)}. "
+                    f"The words reach {ranges(words)}, the pictures {ranges(picture)}"
                 )
         constant = image & ~picture
         if not bool((image & picture).any(1)[both_modalities(text, image)].all()):
@@ -177,7 +176,9 @@ def _places(
         )
     counts = text.sum(1).tolist(), image.sum(1).tolist()
     shares = _share(record, text, image), _share(record, image, text)
-    return TokenPlaces(proposal.how, proposal.guessed, *counts, *shares, None if unknown else True, unknown, ranges(constant))
+    return TokenPlaces(
+        proposal.how, proposal.guessed, *counts, *shares, None if unknown else True, unknown, ranges(constant)
+    )
 
 
 def _share(record: CapturedAttention, rows: Tensor, columns: Tensor) -> float:

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from attncongruence.capture.find import crosses, named_modules
 from attncongruence.capture.product import Log, Operation, tensors_in
-from attncongruence.doctor.measure import Inputs, attention_of
+from attncongruence.doctor.measure import Inputs, attention_of, same
 from attncongruence.doctor.report import kind_of, listing
 
 # Functions that pick rows of a table by integers.
@@ -42,6 +42,7 @@ class Origins:
 
     entries: list[Origin] = field(default_factory=list)
     unknown: str = ""
+    several: bool = False  # several floating-point inputs: one of them may hold the text
 
     def of(self, model: nn.Module, log: Log, index: int) -> tuple[Origin | None, str]:
         """The origin of the sequence that one operation attends over, or why it cannot be told.
@@ -53,6 +54,8 @@ class Origins:
             return None, self.unknown
         name, operation = log[index]
         own, modules = self.entries[index], named_modules(model)
+        if own.picture and not own.words and self.several:
+            return None, f"nothing in {name} changes with the integers of the batch, and it has several other inputs"
         if not (own.picture and own.words):
             alone = "text alone" if own.words else "the image alone" if own.picture else "neither text nor image"
             lacks = [what for what, there in (("picture", own.picture), ("words", own.words)) if not there]
@@ -75,36 +78,38 @@ class Origins:
 
     def towers(self, log: Log) -> str:
         """The layers of a model in which no layer gets both text and image; "" for other models."""
-        found = {
-            what: [kind_of(name) for (name, _), origin in zip(log, self.entries, strict=False) if getattr(origin, what)]
-            for what in ("words", "picture")
-        }
-        if self.unknown or any(origin.words and origin.picture for origin in self.entries) or not all(found.values()):
+        if self.unknown or any(origin.words and origin.picture for origin in self.entries):
             return ""
-        text, image = (listing(dict.fromkeys(names), 2) for names in found.values())
-        return f"{text} get text alone, {image} the image alone"
+        named = [(kind_of(name), origin) for (name, _), origin in zip(log, self.entries, strict=True)]
+        text = listing(dict.fromkeys(name for name, origin in named if origin.words), 2)
+        image = listing(dict.fromkeys(name for name, origin in named if origin.picture), 2)
+        return f"{text} get text alone, {image or 'and no attention'} the image" if text else ""
 
 
 def trace(model: nn.Module, inputs: Inputs, log: Log) -> Origins:
     """Runs the model with another picture and with other words; `log` is the pass with the batch as it is."""
-    opaque = {name for name, operation in log if operation.query is None}
-    run = partial(_states, model, opaque=opaque)
-    before = run(inputs)
-    if any(changed.any for changed in _compare(before, run(inputs))):
+    run = partial(_states, model, opaque={name for name, operation in log if operation.query is None})
+    leaves = list(_leaves(inputs))
+    integers = [t for t in leaves if t.dtype in (torch.int64, torch.int32, torch.int16) and t.ndim]
+    floats = [t for t in leaves if t.is_floating_point() and t.ndim > 2]
+    before, output = run(inputs)
+    again, _ = run(inputs)
+    if len(again) != len(before) or any(changed.any for changed in _compare(before, again)):
         return Origins(unknown="the model does not repeat itself under one seed")
     try:
-        by_picture = _compare(before, run(other_pictures(inputs)))
-        tensors = [t for t in _leaves(inputs) if not (t.is_floating_point() or t.is_complex()) and t.ndim]
-        by_words = [_compare(before, run(inputs, words=t)) for t in tensors if t.dtype not in (torch.bool, torch.uint8)]
+        with_picture, other_output = run(other_pictures(inputs))
+        by_picture = _compare(before, with_picture)
+        by_words = [_compare(before, run(inputs, words=tensor)[0]) for tensor in integers]
     except Exception as error:  # whatever the model raises for inputs that are no real ones
         return Origins(unknown=f"with another picture or other words the model raised {type(error).__name__}: {error}")
-    if not all(len(compared) == len(log) == len(before) for compared in (by_picture, *by_words)):
-        return Origins(unknown="with another picture other layers run, or they attend over other lengths")
-    if not any(changed.any for changed in by_picture):
+    if not all(len(compared) == len(log) for compared in (by_picture, *by_words)):
+        return Origins(unknown="with another picture or other words the layers run otherwise, or over other lengths")
+    if not any(changed.any for changed in by_picture) and (not floats or same(output, other_output)):
         return Origins(unknown="nothing changes with the floating-point inputs: the batch has no picture among them")
     if not any(changed.any for compared in by_words for changed in compared):
         return Origins(unknown="no words could be followed: nothing is looked up by an integer tensor of the batch")
-    return Origins([_origin(*compared) for compared in zip(by_picture, *by_words, strict=True)])
+    entries = [_origin(*compared) for compared in zip(by_picture, *by_words, strict=True)]
+    return Origins(entries, several=len(floats) > 1)
 
 
 @dataclass(frozen=True)
@@ -135,8 +140,10 @@ class _State:
     rows: Tensor | None  # (batch, length, ...): something that each position holds
 
 
-def _states(model: nn.Module, inputs: Inputs, *, opaque: set[str], words: Tensor | None = None) -> list[_State]:
-    """The attention of one pass; for modules whose queries are not known, with what the modules themselves get."""
+def _states(
+    model: nn.Module, inputs: Inputs, *, opaque: set[str], words: Tensor | None = None
+) -> tuple[list[_State], Any]:
+    """The attention of one pass and its output; where queries are not known, with what the modules themselves get."""
     given: dict[str, list[list[Tensor]]] = {name: [] for name in opaque}
 
     def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -149,10 +156,11 @@ def _states(model: nn.Module, inputs: Inputs, *, opaque: set[str], words: Tensor
             stack.enter_context(named_modules(model)[name].register_forward_pre_hook(hook, with_kwargs=True))
         if words is not None:
             stack.enter_context(_OtherWords(words))
-        log = attention_of(model, inputs)
+        log, output = attention_of(model, inputs)
     names = [name for name, _ in log]
     calls = {name: iter(seen if len(seen) == names.count(name) else []) for name, seen in given.items()}
-    return [_State(name, o.apply(Tensor.detach), _rows(o, next(calls.get(name, iter(())), []))) for name, o in log]
+    states = [_State(name, o.apply(Tensor.detach), _rows(o, next(calls.get(name, iter(())), []))) for name, o in log]
+    return states, output
 
 
 def _rows(operation: Operation, given: list[Tensor]) -> Tensor | None:
@@ -160,11 +168,11 @@ def _rows(operation: Operation, given: list[Tensor]) -> Tensor | None:
     batch, length = operation.main.shape[0], operation.lengths[0]
     if operation.query is not None:
         return operation.query.detach().transpose(1, 2) if operation.query.ndim == 4 else None
-    sizes = {(batch, length): lambda t: t, (length, batch): lambda t: t.transpose(0, 1)}
+    sizes = [(batch, length), (length, batch)] if batch != length else []
     fitting = [t for t in given if tuple(t.shape[:2]) in sizes]
-    if not fitting or batch == length:
+    if not fitting:
         return None
-    return sizes[tuple(fitting[0].shape[:2])](fitting[0])  # type: ignore[index]
+    return fitting[0] if fitting[0].shape[0] == batch else fitting[0].transpose(0, 1)
 
 
 def _compare(before: list[_State], after: list[_State]) -> list[_Changed]:

@@ -14,6 +14,8 @@ from attncongruence.training.term import loss_in
 # A call with its arguments, or a dict: no line of the text breaks inside, so that it can be copied.
 _CODE = re.compile(r"[\w.\]]+\((?:[^()]|\([^()]*\))*\)|\{[^{}]*\}")
 
+_NOT_CONFIRMED = "where text and image are is not confirmed"
+
 
 class ProblemFound(Exception):
     """Ends the examination; its arguments are those of a `Problem`."""
@@ -160,7 +162,8 @@ def as_text(report: Report) -> str:
     size = "" if report.batch_size is None else f", a batch of {report.batch_size}"
     parts = [f"{report.model}{size}, in training mode", _attention(report)]
     parts.append(_captured(report.captured) if report.captured else "")
-    parts.append(_placed(report.placed) if report.placed else "")
+    placed = report.placed
+    parts.append(_placed(placed) if placed else "")
     parts.append(_losses(report.losses))
     parts.append(_gradient(report.gradient, report.layer, report.direction) if report.gradient else "")
     parts.append(_model(report))
@@ -171,7 +174,8 @@ def as_text(report: Report) -> str:
     for number, problem in enumerate(report.problems, 1):
         lines = [("found", problem.came), ("needed", problem.allowed), ("do", problem.remedy)]
         parts.append(_section(f"problem {number}", lines))
-    parts.append("All fine." if report.ok else f"Problems: {len(report.problems)}.")
+    fine = "All fine." if placed is None or placed.confirmed else f"No problem found, but {_NOT_CONFIRMED}."
+    parts.append(fine if report.ok else f"Problems: {len(report.problems)}.")
     return "\n\n".join(part for part in parts if part).encode("ascii", "backslashreplace").decode()
 
 
@@ -234,7 +238,10 @@ def _placed(placed: TokenPlaces) -> str:
         ("image tokens", f"{listing(placed.image, 16)} in each sample"),
         ("text sees", f"{placed.seen_by_text:.0%} of the image (LV)"),
         ("image sees", f"{placed.seen_by_image:.0%} of the text (VL)"),
-        ("confirmed", yes if placed.confirmed else f"NOT CONFIRMED, compare the numbers: {placed.unknown}"),
+        (
+            "confirmed",
+            yes if placed.confirmed else f"no: {placed.unknown}. Compare the numbers of tokens with what you expect",
+        ),
         ("constant", learned if placed.constant else ""),
     ]
     return _section("text and image", lines)
