@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,7 +15,8 @@ from attncongruence.blocks import NText, both_modalities, locate, outer
 from attncongruence.capture import CapturedAttention
 from attncongruence.capture.find import crosses, nothing_seen, operations, select_modules, self_attention
 from attncongruence.capture.product import Log
-from attncongruence.doctor.report import ProblemFound, TokenPlaces, kind_of, within
+from attncongruence.doctor.origins import Origins, ranges
+from attncongruence.doctor.report import ProblemFound, TokenPlaces, within
 from attncongruence.layout import TokenLayout
 from attncongruence.training.term import Batch, NTextOrFunction
 
@@ -25,6 +25,7 @@ Layer = int | str | nn.Module
 _NEED = "one self-attention over text and image"
 _DOCS = "docs/capture.md has a section for each kind of model."
 _STREAMS = f"build the blocks of several layers with AttentionBlocks.from_streams. {_DOCS}"
+_TOWERS = "name a model with a joint sequence, or cross-attention with AttentionBlocks.from_streams."
 _N_TEXT = (
     "pass n_text, the third value of a factory: an int where that many text tokens come first; a (batch,) tensor, one "
     "int per sample; a TokenLayout; or a function of (batch, captured) that returns one of these."
@@ -37,6 +38,7 @@ class Candidate:
 
     record: CapturedAttention
     number: int  # how many operations of the same module ran before it
+    index: int  # in the log
     code: str  # Python for the `layers` that selects it; "" for the default
 
 
@@ -59,10 +61,11 @@ def candidates(model: nn.Module, log: Log, layers: Layer) -> list[Candidate]:
     if not found:
         raise ProblemFound("only attention between two sequences was seen", _NEED, _STREAMS)
     names = [name for name, _, _ in found]
+    places = {id(seen): place for place, (_, seen) in enumerate(log)}
     every = []
     for index, (name, number, seen) in enumerate(found, -len(found)):
         code = "" if index == -1 else f'"{name}"' if names.count(name) == 1 else str(index)
-        every.append(Candidate(CapturedAttention(name, seen), number, code))
+        every.append(Candidate(CapturedAttention(name, seen), number, places[id(seen)], code))
     if layers == -1:
         return every[::-1]
     if isinstance(layers, int):
@@ -79,9 +82,11 @@ def candidates(model: nn.Module, log: Log, layers: Layer) -> list[Candidate]:
 
 
 def choose(
-    model: nn.Module, batch: Batch, log: Log, other: Log, found: list[Candidate], n_text: NTextOrFunction | None
+    model: nn.Module, batch: Batch, log: Log, origins: Origins, found: list[Candidate], n_text: NTextOrFunction | None
 ) -> tuple[Candidate, Proposal, TokenPlaces]:
-    """The first candidate whose text and image positions are known; `other` is the log with other pictures."""
+    """The first candidate whose text and image positions are known."""
+    if towers := origins.towers(log):
+        raise ProblemFound(f"no layer of this model sees both text and image: {towers}", _NEED, _TOWERS)
     refused: list[str] = []
     for candidate in found:
         record = candidate.record
@@ -92,7 +97,7 @@ def choose(
             continue
         for proposal in proposals:
             try:
-                return candidate, proposal, _places(record, proposal, _changed(log, other, record))
+                return candidate, proposal, _places(model, log, origins, candidate, proposal)
             except ValueError as error:
                 refused.append(str(error))
     raise ProblemFound(
@@ -134,31 +139,46 @@ def _guesses(model: nn.Module, batch: Batch, record: CapturedAttention) -> Itera
         yield Proposal(sizes[name], how, f'batch["{name}"].shape[1]')
 
 
-def _places(record: CapturedAttention, proposal: Proposal, changed: Tensor) -> TokenPlaces:
+def _places(model: nn.Module, log: Log, origins: Origins, candidate: Candidate, proposal: Proposal) -> TokenPlaces:
     """Where a proposal puts text and image; a ValueError where that is wrong, or a guess that nothing confirms."""
+    record = candidate.record
     try:
         where = locate(record, proposal.n_text, source=record)
     except ValueError as error:
         size = f"{record.layer}, which attends over {record.lengths[0]} positions"
         raise ValueError(f"n_text does not fit {size}: {error}") from error
     text, image = where.text, where.image
-    # Nothing is told where nothing changes (learned queries replace the image), or everything does.
-    confirmed = True if changed.any() and not bool(changed[text | image].all()) else None
-    if confirmed and bool((changed & text).any()):
-        raise ValueError(
-            f"in {record.layer} positions that n_text calls text change with the pictures ({proposal.how}). "
-            f"Those that change: {_ranges(changed.any(0).nonzero()[:, 0].tolist())}"
-        )
-    if not confirmed and not proposal.certain:
-        raise ValueError(
-            f"{record.layer}: {proposal.how}. This guess is not used, as other pictures do not confirm it: either the "
-            "batch has no picture, or no position of the layer changes with it, or every one does"
-        )
     if not bool(both_modalities(text, image).any()):
         raise ValueError(f"no sample has both text and image ({proposal.how})")
+    origin, unknown = origins.of(model, log, candidate.index)
+    constant = torch.zeros_like(image)
+    if origin is not None:
+        picture, words = origin.from_picture, origin.from_words
+        assert picture is not None
+        assert words is not None
+        for wrong, those, positions in (
+            ("text change with the pictures", "change", text & picture),
+            ("image change with the words", "change", image & words),
+            ("text change neither with the words nor with the pictures", "do not", text & ~words),
+        ):
+            if bool(positions.any()):
+                raise ValueError(
+                    f"in {record.layer} positions that n_text calls {wrong} ({proposal.how}). "
+                    f"Those that {those}: {ranges(positions)}. "
+                    f"The words reach {ranges(words)}, the pictures {ranges(picture)}"
+                )
+        constant = image & ~picture
+        if not bool((image & picture).any(1)[both_modalities(text, image)].all()):
+            unknown = "the image of a sample does not change with the pictures"
+    if unknown and not proposal.certain:
+        raise ValueError(
+            f"{record.layer}: {proposal.how}. This guess is not used, as it cannot be confirmed: {unknown}"
+        )
     counts = text.sum(1).tolist(), image.sum(1).tolist()
     shares = _share(record, text, image), _share(record, image, text)
-    return TokenPlaces(proposal.how, proposal.guessed, *counts, *shares, confirmed)
+    return TokenPlaces(
+        proposal.how, proposal.guessed, *counts, *shares, None if unknown else True, unknown, ranges(constant)
+    )
 
 
 def _share(record: CapturedAttention, rows: Tensor, columns: Tensor) -> float:
@@ -168,31 +188,3 @@ def _share(record: CapturedAttention, rows: Tensor, columns: Tensor) -> float:
         return 1.0
     allowed = pairs & record.allowed
     return (allowed.sum() / pairs.expand(allowed.shape).sum()).item()
-
-
-def _changed(log: Log, other: Log, record: CapturedAttention) -> Tensor:
-    """`(batch, length)` bool: positions whose queries differ between two forward passes; none if not comparable."""
-    # The first layer of the same kind is compared, where attention has not yet mixed text and image.
-    size = record.batch_size, record.lengths[0]
-    if [name for name, _ in log] == [name for name, _ in other]:
-        first = next(number for number, (name, _) in enumerate(log) if kind_of(name) == kind_of(record.layer))
-        before, after = (CapturedAttention(*entries[first]).query for entries in (log, other))
-        if before is not None and after is not None and before.shape == after.shape and before.shape[::2] == size:
-            return (before != after).any(-1).any(1)
-    return torch.zeros(size, dtype=torch.bool, device=record.device)
-
-
-def other_pictures(value: Any, name: str = "") -> Any:
-    """The same inputs with noise on the pictures: floating-point tensors that are neither masks nor labels."""
-    if isinstance(value, Mapping):
-        return {key: other_pictures(part, str(key)) for key, part in value.items()}
-    if isinstance(value, tuple):
-        return tuple(other_pictures(part) for part in value)
-    picture = isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2
-    return value + torch.randn_like(value) if picture and "mask" not in name and "label" not in name else value
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Ascending numbers as ranges, "0 to 4, 7"."""
-    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
-    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

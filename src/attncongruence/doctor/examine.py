@@ -11,8 +11,18 @@ from attncongruence._typing import Direction, one_of
 from attncongruence.capture import CapturedAttention, capture_attention, find_attention
 from attncongruence.capture.find import crosses
 from attncongruence.doctor import measure
-from attncongruence.doctor.choose import Layer, candidates, choose, other_pictures
-from attncongruence.doctor.report import AttentionCall, Problem, ProblemFound, Report, suggest_code, within
+from attncongruence.doctor.choose import Layer, candidates, choose
+from attncongruence.doctor.origins import trace
+from attncongruence.doctor.report import (
+    AttentionCall,
+    Problem,
+    ProblemFound,
+    Report,
+    kind_of,
+    listing,
+    suggest_code,
+    within,
+)
 from attncongruence.training.term import NTextOrFunction, batch_of
 
 
@@ -94,27 +104,35 @@ def _examine(
     try:
         capture_attention(model).close()  # raises for torch.nn.DataParallel
         plain, again = measure.call(model, inputs), measure.call(model, inputs)
-        log = measure.attention_of(model, inputs)
-        other = measure.attention_of(model, other_pictures(inputs))
+        log, _ = measure.attention_of(model, inputs)
     except Exception as error:  # whatever the model raises
         came = f"the model raised {type(error).__name__}: {error}"
         remedy = "check both where the factory makes them: shapes, devices, labels."
         if isinstance(model, nn.DataParallel):
             remedy = "examine model.module."
         raise ProblemFound(came, "a model and a batch that make a training step", remedy) from error
-    for name, seen in log:
+    records = [CapturedAttention(*entry) for entry in log]
+    for (name, seen), record in zip(log, records, strict=True):
         kind = "cross" if crosses(seen) else "self"
-        report.attention.append(AttentionCall(name, kind, CapturedAttention(name, seen).heads, *seen.lengths))
+        report.attention.append(AttentionCall(name, kind, record.heads, *seen.lengths))
     for name, kind in find_attention(model).items():
         if not any(within(ran, name) or within(name, ran) for ran, _ in log):
             report.unseen[name] = kind
+    origins, counted = trace(model, inputs, log), measure.in_training(records)
+    if len(counted) < len(log):
+        origins.entries = [origin for n, origin in enumerate(origins.entries) if n in counted]
+        report.notes.append(
+            f"{len(log) - len(counted)} of {len(log)} attention operations run in an inner pass with gradients off "
+            f"({listing(dict.fromkeys(kind_of(records[n].layer) for n in range(len(log)) if n not in counted))}): the "
+            "loss does not see those."
+        )
+        log = [log[n] for n in counted]
     found = candidates(model, log, layers)
     _add_layer(report, found[0].record)
     report.default = candidates(model, log, -1)[0].record.layer
     args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
     batch = batch_of(model.forward, args, kwargs)
-    chosen, proposal, report.placed = choose(model, batch, log, other, found, n_text)
-    del other  # and its graph
+    chosen, proposal, report.placed = choose(model, batch, log, origins, found, n_text)
     _add_layer(report, chosen.record)
     if layers == -1 and report.layer != report.default:
         report.notes.append(

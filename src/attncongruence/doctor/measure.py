@@ -35,12 +35,21 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
     return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
 
 
-def attention_of(model: nn.Module, inputs: Inputs) -> Log:
-    """Every attention operation of one forward pass, in order."""
+def attention_of(model: nn.Module, inputs: Inputs) -> tuple[Log, Any]:
+    """Every attention operation of one forward pass, in order, and the output."""
     log: Log = []
     with closing(watch_model(model, True, lambda name, part: log.extend(part))):
-        call(model, inputs)
-    return log
+        output = call(model, inputs)
+    return log, output
+
+
+def in_training(records: list[CapturedAttention]) -> list[int]:
+    """Which operations training captures: not those of an inner pass with gradients off, as where negatives are ranked.
+
+    A module that never runs with gradient stays, so that the report can say why it gets none.
+    """
+    trained = {record.layer for record in records if record.requires_grad}
+    return [n for n, record in enumerate(records) if record.requires_grad or record.layer not in trained]
 
 
 def same(one: Any, other: Any) -> bool:
@@ -147,8 +156,16 @@ class Step:
         # For analysis: a layer without gradient raises no error here, `gradient` reports it.
         with capture_attention(self.model, self.layer, analysis=True) as capture:
             output = call(self.model, self.inputs)
-            record = capture.pop_all()[self.number]
-        return output, cacr_loss(record, self.n_text, direction=self.direction)
+            records = capture.pop_all()
+        records = [records[index] for index in in_training(records)]
+        if self.number >= len(records):
+            raise ProblemFound(
+                f"{self.layer or 'the model'} attended {self.number + 1} times in one forward pass and {len(records)} "
+                "times in the next",
+                "a layer that attends equally often in each forward pass",
+                "fix the random choices that the model makes in its forward, or name another layer.",
+            )
+        return output, cacr_loss(records[self.number], self.n_text, direction=self.direction)
 
     def gradient(self) -> Gradient:
         """Which parameters the congruence loss alone trains; ProblemFound where it trains none."""

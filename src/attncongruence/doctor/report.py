@@ -14,6 +14,8 @@ from attncongruence.training.term import loss_in
 # A call with its arguments, or a dict: no line of the text breaks inside, so that it can be copied.
 _CODE = re.compile(r"[\w.\]]+\((?:[^()]|\([^()]*\))*\)|\{[^{}]*\}")
 
+_NOT_CONFIRMED = "where text and image are is not confirmed"
+
 
 class ProblemFound(Exception):
     """Ends the examination; its arguments are those of a `Problem`."""
@@ -62,7 +64,9 @@ class TokenPlaces:
     image: list[int]
     seen_by_text: float  # share of pairs (text, image) that may attend: LV
     seen_by_image: float  # share of pairs (image, text): VL
-    confirmed: bool | None  # whether no text position changes when the pictures do; None: this cannot be tested
+    confirmed: bool | None  # text changes with the words alone, image with the pictures; None: this cannot be tested
+    unknown: str = ""  # why it cannot be tested
+    constant: str = ""  # image positions that change with neither
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,8 @@ def as_text(report: Report) -> str:
     size = "" if report.batch_size is None else f", a batch of {report.batch_size}"
     parts = [f"{report.model}{size}, in training mode", _attention(report)]
     parts.append(_captured(report.captured) if report.captured else "")
-    parts.append(_placed(report.placed) if report.placed else "")
+    placed = report.placed
+    parts.append(_placed(placed) if placed else "")
     parts.append(_losses(report.losses))
     parts.append(_gradient(report.gradient, report.layer, report.direction) if report.gradient else "")
     parts.append(_model(report))
@@ -169,7 +174,8 @@ def as_text(report: Report) -> str:
     for number, problem in enumerate(report.problems, 1):
         lines = [("found", problem.came), ("needed", problem.allowed), ("do", problem.remedy)]
         parts.append(_section(f"problem {number}", lines))
-    parts.append("All fine." if report.ok else f"Problems: {len(report.problems)}.")
+    fine = "All fine." if placed is None or placed.confirmed else f"No problem found, but {_NOT_CONFIRMED}."
+    parts.append(fine if report.ok else f"Problems: {len(report.problems)}.")
     return "\n\n".join(part for part in parts if part).encode("ascii", "backslashreplace").decode()
 
 
@@ -224,14 +230,19 @@ def _captured(found: Captured) -> str:
 
 
 def _placed(placed: TokenPlaces) -> str:
-    untested = "cannot be tested: with other pictures, no position of this kind of layer changes, or all do"
+    learned = f"image positions {placed.constant} do not change (learned tokens, such as the image's own [CLS])"
+    yes = "yes: text positions change with the words alone, image positions with the pictures"
     lines = [
         ("from", f"A GUESS: {placed.how}" if placed.guessed else placed.how),
         ("text tokens", f"{listing(placed.text, 16)} in each sample"),
         ("image tokens", f"{listing(placed.image, 16)} in each sample"),
         ("text sees", f"{placed.seen_by_text:.0%} of the image (LV)"),
         ("image sees", f"{placed.seen_by_image:.0%} of the text (VL)"),
-        ("confirmed", "yes: no text position changes when the pictures do" if placed.confirmed else untested),
+        (
+            "confirmed",
+            yes if placed.confirmed else f"no: {placed.unknown}. Compare the numbers of tokens with what you expect",
+        ),
+        ("constant", learned if placed.constant else ""),
     ]
     return _section("text and image", lines)
 
