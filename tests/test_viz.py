@@ -271,6 +271,11 @@ def test_the_image_first_decoder_has_a_language_side_only():
     assert np.array_equal(upper, ~causal(4)[0])
     with pytest.raises(ValueError, match="no pair of VL may attend"):
         plot_congruence(S, layout, mask=causal(9), direction="vision")
+    with (
+        pytest.warns(UserWarning, match="exactly 0"),
+        pytest.raises(ValueError, match="sample 0 has nothing to compare"),
+    ):
+        plot_congruence(S, 4, mask=causal(9))
 
 
 # -- words and image tokens -------------------------------------------------------------------------------------------

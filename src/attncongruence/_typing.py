@@ -8,7 +8,9 @@ import inspect
 import numbers
 import re
 import types
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 import torch
@@ -152,6 +154,28 @@ def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if not (isinstance(value, str) and value in allowed):
         words = ", ".join(repr(word) for word in allowed)
         raise ValueError(f"{name}={value!r} is not known: it must be one of {words}")
+
+
+_said: ContextVar[set[str] | None] = ContextVar("said", default=None)
+
+
+@contextlib.contextmanager
+def each_warning_once(said: set[str]) -> Iterator[None]:
+    """Within it, `warn` says nothing that the set holds, and adds what it says."""
+    token = _said.set(said)
+    try:
+        yield
+    finally:
+        _said.reset(token)
+
+
+def warn(text: str) -> None:
+    """A UserWarning, which Python shows once and `each_warning_once` lets through once."""
+    said = _said.get()
+    if said is None or text not in said:
+        warnings.warn(text, stacklevel=2)
+    if said is not None:
+        said.add(text)
 
 
 def same_device(**tensors: Any) -> None:

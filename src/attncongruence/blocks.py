@@ -17,6 +17,9 @@ T = TypeVar("T")
 Places = tuple[Span, Span] | tuple[Tensor, Tensor]
 """Of text and of image: a span of positions, or each sample's own positions `(batch, longest)`."""
 
+Sees = tuple[int, int, int, int]
+"""How many samples have both modalities, a pair of LV that may attend, one of VL, one of each; None: not looked up."""
+
 Scores = Float[Tensor, "batch heads length length"] | Float[Tensor, "batch length length"]
 NText = Count | Integer[Tensor, " batch"] | TokenLayout
 """Where the tokens are: the number of text tokens, which come first, for all samples or for each; or a layout."""
@@ -61,15 +64,14 @@ class AttentionBlocks:
     allowed: Quadrants[Tensor] | None = None
     _padded: bool = field(default=True, repr=False)
     """False where both masks are known to be True throughout."""
-    _sees: tuple[bool, bool] | None = field(default=None, repr=False)
-    """Whether any pair of LV and of VL may attend, where that has been looked up."""
+    _sees: Sees | None = field(default=None, repr=False)
 
     def swap(self) -> AttentionBlocks:
         """L and V exchanged: the vision side of a loss is its language side on swapped blocks."""
         if self.VL is None:
             raise ValueError("these blocks have no VL (image-to-text attention), so there is no vision side")
         allowed = None if self.allowed is None else self.allowed.swap()
-        sees = None if self._sees is None else self._sees[::-1]
+        sees = None if self._sees is None else (self._sees[0], self._sees[2], self._sees[1], self._sees[3])
         return AttentionBlocks(
             self.VV, self.VL, self.LV, self.LL, self.image_mask, self.text_mask, allowed, self._padded, sees
         )
@@ -165,8 +167,7 @@ class Located:
     """False where both spans are known to be real throughout."""
     allowed: Quadrants[Tensor] | None = None
     """Block by block, where the mask says more than which tokens are real."""
-    sees: tuple[bool, bool] | None = None
-    """Whether any pair of LV and of VL may attend, where that has been looked up."""
+    sees: Sees | None = None
 
 
 def own_positions(text: Tensor, image: Tensor, longest: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -181,7 +182,7 @@ def locate(
     """Reads a boundary or layout and the masks once.
 
     Where the values of a mask of pairs must be looked at, that costs one synchronization for three questions: whether
-    it says more than which tokens are real, and whether any text may attend to any image, and any image to any text.
+    it says more than which tokens are real, and in how many samples text may attend to the image, and image to text.
 
     Args:
         x: scores, `(batch, [heads,] length, length)`, or anything with their shape and device.
@@ -274,12 +275,17 @@ def outer(rows: Tensor, columns: Tensor) -> Tensor:
     return rows[:, None, :, None] & columns[:, None, None, :]
 
 
-def which_see(text: Tensor, image: Tensor, allowed: Quadrants[Tensor], *more: Tensor) -> list[bool]:
-    """Whether any sample has both modalities, and any of its pairs of LV and of VL may attend; one synchronization."""
-    both = both_modalities(text, image)[:, None]
-    LV = (outer(text & both, image) & allowed.LV).any()
-    VL = (outer(image & both, text) & allowed.VL).any()
-    found: list[bool] = torch.stack([both.any(), LV, VL, *more]).tolist()
+def which_see(text: Tensor, image: Tensor, allowed: Quadrants[Tensor]) -> tuple[Tensor, Tensor]:
+    """`(batch,)` each: whether any pair of LV may attend, and any of VL."""
+    LV, VL = outer(text, image) & allowed.LV, outer(image, text) & allowed.VL
+    return LV.flatten(1).any(1), VL.flatten(1).any(1)
+
+
+def how_many_see(text: Tensor, image: Tensor, allowed: Quadrants[Tensor], *more: Tensor) -> list[int]:
+    """`Sees`, and more counts beside it, in one synchronization."""
+    LV, VL = which_see(text, image, allowed)
+    both = both_modalities(text, image)
+    found: list[int] = torch.stack([both.sum(), LV.sum(), VL.sum(), (LV & VL).sum(), *more]).tolist()
     return found
 
 
@@ -288,10 +294,10 @@ def _with_pairs(where: Located, pairs: Tensor) -> Located:
     sees = None
     if readable(pairs):
         text, image = take(where.text, where.places, 1)[0], take(where.image, where.places, 1)[1]
-        some, LV, VL, differ = which_see(text, image, allowed, (pairs != pairs[:, :1, :1]).any())
+        *found, differ = how_many_see(text, image, allowed, (pairs != pairs[:, :1, :1]).sum())
         if not differ:
             return where
-        sees = (LV, VL) if some else (True, True)
+        sees = (found[0], found[1], found[2], found[3])
     # Not dataclasses.replace, which torch.compile of torch 2.6 cannot trace.
     return Located(where.text, where.image, where.longest, where.places, where.padded, allowed, sees)
 

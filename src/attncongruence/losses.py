@@ -72,9 +72,11 @@ def cacr_loss(
 
     Returns:
         The loss in nats, >= 0: a scalar, or `(batch,)` for `"none"`. A sample without text or without image is exactly
-        0, without gradient, and not counted in the mean; one in which no pair may attend is 0 and counted. Pairs that
-        may not attend are left out of softmaxes, sums and weighted means (`docs/mathematics.md`). Half precision is
-        computed in float32, also under autocast (call backward outside of autocast, as PyTorch advises).
+        0, without gradient, and not counted in the mean. So is one whose text may attend to no image token, and with
+        `"vision"` one whose image may attend to no text token; with `"both"`, each must see the other. A batch of
+        samples whose text sees no image gets a warning. Pairs that may not attend are left out of softmaxes, sums and
+        weighted means (`docs/mathematics.md`). A row counts as one sample, also if several are packed into it. Half
+        precision is computed in float32, also under autocast (call backward outside of autocast, as PyTorch advises).
 
         Synchronizations with the device: none for an int boundary, a `TokenLayout` and a token mask; one for a
         `(batch,)` boundary; one for a mask of pairs. A captured layer of 256 positions or more whose mask is added to
@@ -83,8 +85,9 @@ def cacr_loss(
     Raises:
         ValueError: scores that are not square or not floating point, masks or n_text of another shape or dtype, an
             unknown option, a boundary out of range, a layout of another size, tensors on several devices, a direction
-            whose cross-modal block does not exist (causal decoders, blocks without VL). `torch.compile` checks neither
-            shapes nor values, and `torch.func.vmap` no values.
+            whose cross-modal block does not exist: blocks without VL, or a batch in which text sees images that never
+            see text (causal decoders; `direction="language"` works). `torch.compile` checks neither shapes nor values,
+            and `torch.func.vmap` no values.
 
     Source:
         CACR (Pandey et al., ACL 2023), Eq. 3 to 5 and Algorithm 1; `docs/paper-map.md`.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attncongruence._typing import at_least_float32, readable
+from attncongruence._typing import at_least_float32, readable, warn
 from attncongruence.blocks import (
     Attention,
     AttentionBlocks,
@@ -20,6 +20,7 @@ from attncongruence.blocks import (
     Quadrants,
     both_modalities,
     cut,
+    how_many_see,
     locate,
     outer,
     which_see,
@@ -99,6 +100,8 @@ def read_blocks(
 ) -> AttentionBlocks:
     """The 4-D blocks of what a function was given; a ValueError where a loss that needs certain blocks is not defined.
 
+    A sample in which no pair of a block that the loss needs may attend keeps no token.
+
     Args:
         attention: and `n_text`, `mask`, `convention`, `direction`: as in `cacr_loss`.
         needs: the cross-modal blocks of the loss's language side; None: no loss, nothing is checked.
@@ -131,29 +134,41 @@ def read_blocks(
         raise ValueError(
             f"the blocks have different numbers of heads, {sorted(set(heads))}: use a convention with heads='mean_map'"
         )
-    if blocks.allowed is not None:
-        _check_seen(blocks, cross)
-    return blocks
+    return blocks if blocks.allowed is None else _samples_that_count(blocks, cross)
 
 
 _SWAPPED = {"LV": "VL", "VL": "LV"}
 
 
-def _check_seen(blocks: AttentionBlocks, cross: set[str]) -> None:
-    """A ValueError where the model's mask hides a whole block, as that of a causal decoder does."""
+def _samples_that_count(blocks: AttentionBlocks, cross: set[str]) -> AttentionBlocks:
+    """The blocks without the tokens of samples in which no pair of a block that the loss needs may attend."""
     assert blocks.allowed is not None
     sees = blocks._sees
     if sees is None and readable(blocks.LL, *blocks.allowed):
-        some, *found = which_see(blocks.text_mask, blocks.image_mask, blocks.allowed)
-        sees = (found[0], found[1]) if some else None
-    for name, seen in zip(("LV", "VL"), sees or (True, True), strict=True):
-        if name in cross and not seen:
+        some, *found = how_many_see(blocks.text_mask, blocks.image_mask, blocks.allowed)
+        sees = (some, found[0], found[1], found[2])
+    if sees is not None:
+        some, LV_seen, VL_seen, both_seen = sees
+        count = both_seen if len(cross) > 1 else VL_seen if "VL" in cross else LV_seen
+        if count == some:
+            return blocks
+        if not count and LV_seen and "VL" in cross:
             raise ValueError(
-                f"no pair of {name} may attend, as in causal decoders: {_REMEDY[name]}. If that is not so in this "
-                "model, n_text or the layout is wrong: where does the image stand?"
+                "no pair of VL may attend in any sample whose text sees the image, as in causal decoders: "
+                f"{_REMEDY['VL']}. If that is not so in this model, {_WRONG_LAYOUT}"
             )
+        if not count:
+            warn(
+                "in no sample of the batch may text attend to the image (in a causal decoder, text must come after it),"
+                f" so the congruence loss is exactly 0: {_REMEDY['LV']}. If that is not so, {_WRONG_LAYOUT}"
+            )
+    LV, VL = which_see(blocks.text_mask, blocks.image_mask, blocks.allowed)
+    counts = (LV & VL if len(cross) > 1 else VL if "VL" in cross else LV)[:, None]
+    text, image = blocks.text_mask & counts, blocks.image_mask & counts
+    return AttentionBlocks(blocks.LL, blocks.LV, blocks.VL, blocks.VV, text, image, blocks.allowed)
 
 
+_WRONG_LAYOUT = "n_text or the layout is wrong: where does the image stand?"
 _REMEDY = {
     "LV": "text tokens must see image tokens; direction='vision' of cacr_loss or of singular alignment does without",
     "VL": "image tokens must see text tokens; direction='language' of cacr_loss or of singular alignment does without",

@@ -7,13 +7,13 @@ import dataclasses
 import inspect
 import numbers
 import sys
-import warnings
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attncongruence._typing import each_warning_once, warn
 from attncongruence.blocks import NText
 from attncongruence.capture import CapturedAttention
 from attncongruence.layout import TokenLayout
@@ -59,6 +59,8 @@ class CongruenceTerm:
     n_text: NTextOrFunction
     positives: Positives | Callable[[Batch], Positives] | None
     mask: str | Callable[[Batch], Tensor] | None
+    said: set[str] = dataclasses.field(default_factory=set, repr=False)
+    """Warnings that were given."""
 
     def __post_init__(self) -> None:
         if isinstance(self.loss, type):
@@ -84,7 +86,8 @@ class CongruenceTerm:
             if mask not in batch:
                 raise ValueError(f"mask={mask!r} is not in the batch: the model was called with {sorted(batch)}")
             mask = batch[mask]
-        losses = [self._layer_loss(batch, captured, positives, mask) for captured in layers]
+        with each_warning_once(self.said):
+            losses = [self._layer_loss(batch, captured, positives, mask) for captured in layers]
         # (1 / layers) sum of the layers' losses
         return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
@@ -151,10 +154,9 @@ def _warn_if_empty(n_text: int | Tensor | TokenLayout, captured: CapturedAttenti
     else:
         text, image = int(n_text), captured.lengths[0] - int(n_text)
     if 0 in (text, image):
-        warnings.warn(
+        warn(
             f"a batch has no {'image' if text else 'text'} token, so its congruence loss is exactly 0. If it should "
-            "have one, check n_text, or the id of the image placeholder.",
-            stacklevel=2,
+            "have one, check n_text, or the id of the image placeholder."
         )
 
 

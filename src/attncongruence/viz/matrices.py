@@ -164,6 +164,8 @@ def plot_congruence(
     nats = congruence_loss(loss, blocks, convention=convention, direction=direction, reduction="sum").item()
     (maps,) = sides(blocks, convention, direction, both_ways="VL" in LOSSES[loss].needs)
     P, T, counted, _ = LOSSES[loss].dense(maps, convention)
+    if counted is not None and not counted.any():
+        raise ValueError(f"sample {sample} has nothing to compare: the text must see the image; choose another sample")
     own, other, word, labels = "LL", "VV", "text", text_labels
     if direction == "vision":
         own, other, word, labels = "VV", "LL", "image", image_labels
