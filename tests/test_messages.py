@@ -17,7 +17,9 @@ from attncongruence import (
     attention_distance,
     cacr_loss,
     capture_attention,
+    iais_loss,
     regularize,
+    soft_equivalence_loop,
     split_attention,
 )
 from attncongruence._typing import REMEDIES
@@ -231,3 +233,54 @@ def test_what_people_pass_for_scores(attention, message):
 def test_an_additive_mask_is_told_how_to_become_bool():
     with pytest.raises(ValueError, match=r"mask is f32\[2,9\]; expected .*of an additive mask, pass mask > -5000"):
         cacr_loss(S, 5, mask=torch.zeros(2, 9))
+
+
+@pytest.mark.parametrize("size", [2, 6, 9])
+def test_a_square_mask_may_be_of_tokens_or_of_pairs(size):
+    generator = torch.Generator().manual_seed(size)
+    scores, n_text = randn(size, 2, size, size, seed=size), size // 2
+    query, key = (randn(size, 2, size, 4, seed=seed) for seed in (1, 2))
+    mask = torch.rand(size, size, generator=generator) < 0.8
+    mask[:, [0, -1]] = True
+    masked = Given(scores, torch.ones(size, 1, 1, size, dtype=torch.bool))
+    for attention in (scores, scores[:, 0], QueryKey(query, key), Given(scores), masked):
+        for function in (cacr_loss, iais_loss, argmax_entropy, attention_distance, soft_equivalence_loop):
+            with pytest.raises(
+                ValueError, match=r"it may say which tokens .* mask\.long\(\).* of pairs, pass mask\[None"
+            ):
+                function(attention, n_text, mask=mask)
+        # Either is right where it says what it is.
+        tokens = cacr_loss(attention, n_text, mask=mask.long())
+        layout = TokenLayout.from_n_text(n_text, attention_mask=mask)
+        assert torch.equal(tokens, cacr_loss(attention, n_text, mask=mask[:, None, None]))
+        torch.testing.assert_close(tokens, cacr_loss(attention, layout))
+        shared = mask.expand(size, size, size)
+        torch.testing.assert_close(
+            cacr_loss(attention, n_text, mask=mask[None]), cacr_loss(attention, n_text, mask=shared)
+        )
+    for attention in (scores, QueryKey(query, key), Given(scores)):
+        with pytest.raises(ValueError, match=r"mask .*\(1, length, length\) if all samples share it"):
+            cacr_loss(attention[:-1] if attention is scores else few(attention), n_text, mask=mask)
+    with pytest.raises(ValueError, match=r"of pairs, pass mask\[None"):
+        split_attention(scores, n_text, mask=mask)
+
+
+def few(source):
+    """All samples of a source but the last."""
+    return Given(source.scores[:-1])
+
+
+@pytest.mark.parametrize("positives", [None, [0, 3, 4], [True, False, False, True, True]])
+def test_a_square_mask_in_regularize(positives):
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()
+    x = randn(5, 5, 4, dtype=torch.float32)
+    model = Tiny()
+    refused = pytest.raises(ValueError, match="it may say which tokens are real")
+    with regularize(model, CACRLoss(), 2, positives=positives, mask=lambda batch: mask), refused:
+        model(x)
+    with regularize(model, CACRLoss(direction="vision"), 2, positives=positives, mask=lambda batch: mask[None]) as term:
+        model(x)
+        assert term.last.congruence > 0
+    with regularize(model, CACRLoss(), 2, positives=positives, mask=lambda batch: mask.long()) as term:
+        model(x)
+        assert term.last.congruence > 0

@@ -53,9 +53,9 @@ _BLOCKS = (
 REMEDIES = {
     "attention": f"{_SQUARE} Of a capture, pass capture.pop().",
     "S": _SQUARE,
-    "mask": "a mask is bool or integer and covers the joint sequence of text and image, (batch, length); of an "
-    "additive mask, pass mask > -5000. For a mask of the text alone, pass a layout: "
-    "n_text=TokenLayout.from_segments(text_mask, image_mask).",
+    "mask": "a mask is bool or integer and covers the joint sequence of text and image, (batch, length); one of pairs "
+    "is bool, (1, length, length) if all samples share it; of an additive mask, pass mask > -5000. For a mask of the "
+    "text alone, pass a layout: n_text=TokenLayout.from_segments(text_mask, image_mask).",
     "n_text": "pass an int, a (batch,) integer tensor or a TokenLayout.",
     **dict.fromkeys(("text", "image"), _ROLES),
     **dict.fromkeys(("LL", "LV", "VL", "VV"), _BLOCKS),

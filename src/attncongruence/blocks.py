@@ -10,14 +10,24 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from attncongruence._typing import REMEDIES, Count, checked, readable, same_device
-from attncongruence.layout import Mask, Span, TokenLayout, as_layout, as_pairs, boundary_error, check_mask, joined
+from attncongruence.layout import (
+    Mask,
+    Span,
+    TokenLayout,
+    as_layout,
+    as_pairs,
+    boundary_error,
+    check_mask,
+    joined,
+    not_ambiguous,
+)
 from attncongruence.sources import Source, wrong_allowed
 
 T = TypeVar("T")
 Places = tuple[Span, Span] | tuple[Tensor, Tensor]
 """Of text and of image: a span of positions, or each sample's own positions `(batch, longest)`."""
 
-Sees = tuple[int, int, int, int]
+Sees = list[int]
 """How many samples have both modalities, a pair of LV that may attend, one of VL, one of each; None: not looked up."""
 
 Scores = Float[Tensor, "batch heads length length"] | Float[Tensor, "batch length length"]
@@ -71,7 +81,7 @@ class AttentionBlocks:
         if self.VL is None:
             raise ValueError("these blocks have no VL (image-to-text attention), so there is no vision side")
         allowed = None if self.allowed is None else self.allowed.swap()
-        sees = None if self._sees is None else (self._sees[0], self._sees[2], self._sees[1], self._sees[3])
+        sees = None if self._sees is None else [self._sees[i] for i in (0, 2, 1, 3)]
         return AttentionBlocks(
             self.VV, self.VL, self.LV, self.LL, self.image_mask, self.text_mask, allowed, self._padded, sees
         )
@@ -192,12 +202,14 @@ def locate(
     """
     if n_text is None:
         raise ValueError("n_text is missing: pass the number of text tokens (int or tensor) or a TokenLayout")
+    shape = x.shape
+    if mask is not None:
+        not_ambiguous(mask, shape[0], shape[-1])
     allowed = None if source is None else source.allowed
     if allowed is not None:
         if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool:
             raise wrong_allowed(source, allowed)  # type: ignore[arg-type]
         mask = joined(allowed, mask)
-    shape = x.shape
     batch, heads, length = shape[0], shape[1] if len(shape) == 4 else 0, shape[-1]
     if shape[-2] != length:
         raise ValueError(f"attention has {shape[-2]} queries and {length} keys: {REMEDIES['attention']}")
@@ -284,9 +296,8 @@ def which_see(text: Tensor, image: Tensor, allowed: Quadrants[Tensor]) -> tuple[
 def how_many_see(text: Tensor, image: Tensor, allowed: Quadrants[Tensor], *more: Tensor) -> list[int]:
     """`Sees`, and more counts beside it, in one synchronization."""
     LV, VL = which_see(text, image, allowed)
-    both = both_modalities(text, image)
-    found: list[int] = torch.stack([both.sum(), LV.sum(), VL.sum(), (LV & VL).sum(), *more]).tolist()
-    return found
+    counts = both_modalities(text, image).sum(), LV.sum(), VL.sum(), (LV & VL).sum(), *more
+    return torch.stack(counts).tolist()
 
 
 def _with_pairs(where: Located, pairs: Tensor) -> Located:
@@ -294,10 +305,9 @@ def _with_pairs(where: Located, pairs: Tensor) -> Located:
     sees = None
     if readable(pairs):
         text, image = take(where.text, where.places, 1)[0], take(where.image, where.places, 1)[1]
-        *found, differ = how_many_see(text, image, allowed, (pairs != pairs[:, :1, :1]).sum())
+        *sees, differ = how_many_see(text, image, allowed, (pairs != pairs[:, :1, :1]).sum())
         if not differ:
             return where
-        sees = (found[0], found[1], found[2], found[3])
     # Not dataclasses.replace, which torch.compile of torch 2.6 cannot trace.
     return Located(where.text, where.image, where.longest, where.places, where.padded, allowed, sees)
 

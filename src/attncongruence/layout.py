@@ -15,9 +15,12 @@ from attncongruence._typing import REMEDIES, Count, checked, readable, same_devi
 TokenMask = Bool[Tensor, "batch length"] | Integer[Tensor, "batch length"]
 """A token mask as tokenizers return it: bool, or int with 0 for padding."""
 
-PairMask = Bool[Tensor, "#batch #heads #length #length"] | Bool[Tensor, "batch length length"]
+PairMask = Bool[Tensor, "#batch #heads #length #length"] | Bool[Tensor, "#batch length length"]
 Mask = TokenMask | PairMask
-"""Which tokens are real, `(batch, length)`, or which pairs may attend, `(batch, heads, length, length)`."""
+"""Which tokens are real, `(batch, length)`, or which pairs may attend, `(batch, heads, length, length)`.
+
+A bool `(length, length)` where the batch is as large as the sequence could be either, and is refused.
+"""
 
 Span = tuple[int, int]
 """The first position, and one past the last."""
@@ -284,6 +287,16 @@ def joined(allowed: Tensor, mask: Tensor | None) -> Tensor:
         return allowed
     check_mask(mask, tuple(size if size > 1 else 0 for size in allowed.shape))
     return allowed & as_pairs(mask)
+
+
+def not_ambiguous(mask: Tensor, batch: int, length: int) -> None:
+    """A ValueError for a square bool mask that could be one of tokens or one of pairs."""
+    if mask.dim() == 2 and mask.dtype == torch.bool and mask.shape[0] == mask.shape[1] == batch == length > 1:
+        raise ValueError(
+            f"the mask is bool, {tuple(mask.shape)}, and the attention has batch {batch} and length {length}: it may "
+            "say which tokens are real, (batch, length), or which pairs may attend, (length, length): of tokens, pass "
+            "mask.long() or a TokenLayout; of pairs, pass mask[None], (1, length, length)"
+        )
 
 
 def check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:

@@ -62,7 +62,8 @@ def cacr_loss(
         n_text: number of text tokens, which come first, as an int or `(batch,)`; or a `TokenLayout`. Only
             `AttentionBlocks` need none.
         mask: `(batch, length)`, True or 1 at real tokens; or which pairs may attend, bool, `(batch, length, length)`
-            or broadcastable to `(batch, heads, length, length)`.
+            or broadcastable to `(batch, heads, length, length)`. A bool `(length, length)` with batch = length may be
+            either: for tokens pass integers, for pairs `mask[None]`.
         convention: which of the published definitions: `RELEASED`, `PRINTED`, `WEIGHTED_MEAN`, their names as strings
             (`"released"`), or your own `Convention`.
         direction: `"language"` (LL against the projected VV), `"vision"` (VV against the projected LL), or their sum.

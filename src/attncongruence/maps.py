@@ -145,8 +145,7 @@ def _samples_that_count(blocks: AttentionBlocks, cross: set[str]) -> AttentionBl
     assert blocks.allowed is not None
     sees = blocks._sees
     if sees is None and readable(blocks.LL, *blocks.allowed):
-        some, *found = how_many_see(blocks.text_mask, blocks.image_mask, blocks.allowed)
-        sees = (some, found[0], found[1], found[2])
+        sees = how_many_see(blocks.text_mask, blocks.image_mask, blocks.allowed)
     if sees is not None:
         some, LV_seen, VL_seen, both_seen = sees
         count = both_seen if len(cross) > 1 else VL_seen if "VL" in cross else LV_seen

@@ -16,7 +16,7 @@ from torch import Tensor
 from attncongruence._typing import each_warning_once, warn
 from attncongruence.blocks import NText
 from attncongruence.capture import CapturedAttention
-from attncongruence.layout import TokenLayout
+from attncongruence.layout import TokenLayout, not_ambiguous
 
 Batch = Mapping[str, Any]
 """What a model was called with, by the names of its parameters."""
@@ -103,6 +103,8 @@ class CongruenceTerm:
         if isinstance(n_text, Tensor | TokenLayout):
             n_text = n_text.to(captured.device)
         mask = None if mask is None else mask.to(captured.device)
+        if mask is not None:  # before its rows are chosen
+            not_ambiguous(mask, captured.batch_size, captured.lengths[1])
         if positives is not None:
             size = captured.batch_size
             selected = _select(positives, size, captured.device)
