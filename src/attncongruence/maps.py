@@ -243,7 +243,7 @@ def project_weighted(E: Tensor, VV: Tensor, counted: Masks) -> tuple[Tensor, Ten
     log_map = fill(fill(VV, counted.VV, floor).log_softmax(-1), counted.VV, 0.0)
     # R[i, j] = sum_kp E[i, k] E[j, p] log sigma(VV)[k, p] / sum_kp E[i, k] E[j, p], over the pairs (k, p) allowed
     weight = project(E, counted.VV.to(E.dtype))
-    some = weight > 0
+    some = ~(weight <= 0)  # NaN counts
     R = fill(project(E, log_map), some, 0.0) / fill(weight, some, 1.0)
     return R, some if counted.LL is None else counted.LL & some
 
