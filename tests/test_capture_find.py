@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attncongruence import cacr_loss
 from attncongruence.capture import capture_attention, find_attention
 from tests.helpers.models import Attention, Stack
 from tests.zoo import CASES, each, needs, run
@@ -228,3 +229,56 @@ def test_a_bare_attention_module_attends_to_its_own_input():
     with capture_attention(model) as capture:
         model(X)
         assert capture.pop().layer == ""
+
+
+class MHAtt(nn.Module):
+    """As ROSITA and MCAN write it."""
+
+    def __init__(self, names):
+        super().__init__()
+        for name in (*names, "linear_merge"):
+            setattr(self, name, nn.Linear(8, 8))
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("linear_v", "linear_k", "linear_q"),
+        ("to_q", "to_k", "to_v"),
+        ("w_q", "w_k", "w_v"),
+        ("Wq", "Wk", "Wv"),
+        ("proj_query", "proj_key", "proj_value"),
+        ("q_proj", "k_proj", "v_proj"),
+    ],
+)
+def test_projections_are_known_by_their_names(names):
+    model = nn.Module()
+    model.att, model.mlp = MHAtt(names), MHAtt(("fc1", "fc2", "gate"))
+    assert find_attention(model) == {"att": "MHAtt"}
+
+
+class Cached(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x, past):
+        keys = torch.cat([past, x], 1)
+        q, k, v = self.q(x)[:, None], self.k(keys)[:, None], self.v(keys)[:, None]
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def test_fewer_queries_than_keys_are_a_cache_or_a_prefix():
+    model = Cached()
+    x, past = torch.randn(2, 5, 8), torch.randn(2, 3, 8)
+    with capture_attention(model) as capture:
+        model(x, past)
+        with pytest.raises(RuntimeError, match=r"5 x 8\)\. Fewer queries than keys.*past_key_values.*use_cache=False"):
+            capture.pop()
+    with capture_attention(model, "") as capture:
+        model(x, past)
+        with pytest.raises(ValueError, match=r"5 queries and 8 keys.*past_key_values.*use_cache=False"):
+            cacr_loss(capture.pop(), 3)

@@ -3,10 +3,13 @@
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from attncongruence.capture import CapturedAttention
+from attncongruence import QueryKey, cacr_loss
+from attncongruence.capture import CapturedAttention, capture_attention
 from attncongruence.capture import record as module
 from attncongruence.capture.product import FLOOR, Operation
 from tests.helpers.problems import Synchronizations
@@ -130,3 +133,34 @@ def test_scores_without_masks_run_few_functions(model):
     finally:
         sys.setprofile(None)
     assert 2 <= len(called) <= 5, called
+
+
+@pytest.mark.parametrize("one", [1, np.int64(1), np.int32(1), torch.tensor(1), np.array(1), [1], np.array([1])])
+def test_one_sample_by_any_integer(one):
+    encoder = nn.TransformerEncoderLayer(8, 2, dropout=0.0, batch_first=True)
+    with capture_attention(encoder) as capture:
+        encoder(torch.randn(3, 5, 8))
+        captured = capture.pop()
+    assert captured[one].shape == (1, 2, 5, 5)
+    assert torch.equal(captured[one].scores, captured.scores[1:2])
+
+
+@pytest.mark.parametrize("wrong", [True, np.bool_(True), torch.tensor(True), 1.0, None, (0, 1), "text"])
+def test_what_is_no_index_of_samples_is_refused(wrong):
+    encoder = nn.TransformerEncoderLayer(8, 2, dropout=0.0, batch_first=True)
+    with capture_attention(encoder) as capture:
+        encoder(torch.randn(3, 5, 8))
+        captured = capture.pop()
+    with pytest.raises(TypeError, match="indexed by samples"):
+        captured[wrong]
+
+
+@pytest.mark.parametrize("impl", ["dense", "streaming"])
+@pytest.mark.parametrize("convention", ["released", "weighted_mean"])
+def test_a_scale_that_learns_gets_its_gradient(impl, convention):
+    q, k = (torch.randn(2, 2, 7, 4, dtype=torch.float64) for _ in range(2))
+    scale = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
+    loss = cacr_loss(QueryKey(q, k, scale), 3, convention=convention, impl=impl)
+    expected = cacr_loss(scale * q @ k.mT, 3, convention=convention)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(one, scale)[0] for one in (loss, expected)))

@@ -144,7 +144,7 @@ def number(name: str, value: object) -> None:
     if not one and not isinstance(value, numbers.Real):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}: it must be a number")
     try:
-        float(value)  # type: ignore[arg-type]
+        float(value.detach() if isinstance(value, torch.Tensor) else value)  # type: ignore[arg-type]
     except OverflowError:
         raise ValueError(f"{name} must be a number in the range of floats: 10**308 is, this is not") from None
 

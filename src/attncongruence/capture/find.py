@@ -1,6 +1,7 @@
 """Which modules of a model attend: by name and class, by the user's choice, or by watching one forward pass."""
 
 import fnmatch
+import re
 from collections.abc import Iterable
 
 from torch import nn
@@ -34,15 +35,24 @@ def find_attention(model: nn.Module) -> dict[str, str]:
     }
 
 
+_WORDS = {"q": "query", "k": "key", "v": "value"}
+
+
 def _looks_like_attention(module: nn.Module) -> bool:
     if not _learns(module):
         return False
     children = [name for name, _ in module.named_children()]
-    if "qkv" in children or all(any(name.startswith(letter) for name in children) for letter in "qkv"):
+    if "qkv" in children or all(any(_projects(name, letter) for name in children) for letter in "qkv"):
         return True
     words = type(module).__name__.lower()
     # Parts of an attention attend to nothing.
     return ("attention" in words or "attn" in words) and not words.endswith(("output", "norm", "pooling", "mlp"))
+
+
+def _projects(name: str, letter: str) -> bool:
+    """Whether a child may make the queries, keys or values (`letter`): q_proj, linear_q, to_query, Wq."""
+    words = re.findall(r"[a-z]+", name.lower())
+    return name.startswith(letter) or any(word in (letter, f"w{letter}", _WORDS[letter]) for word in words)
 
 
 def _learns(module: nn.Module) -> bool:
@@ -117,6 +127,12 @@ def wrong_index(indices: list[int], count: int, log: Log) -> str:
     if not log:
         return ""
     choose = "None of them is a self-attention: name a layer or, if one is missing here, switch it to sdpa or eager."
+    if not count and any(o.lengths[0] < o.lengths[1] and not o.cross for _, o in log):
+        choose = (
+            "Fewer queries than keys: keys come from a cache (past_key_values), or a prefix was put before them (prefix "
+            "tuning), or it is cross-attention. Train without them (use_cache=False, LoRA in place of a prefix); for "
+            "cross-attention name the layers and use AttentionBlocks.from_streams."
+        )
     if count:
         choose = f"Choose {-count} to {count - 1}."
     return (
