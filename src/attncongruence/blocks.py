@@ -214,9 +214,7 @@ def locate(
     if shape[-2] != length:
         cache = ""
         if shape[-2] < length:
-            cache = (
-                " Keys of a cache (past_key_values) or of a prefix have no queries: train without (use_cache=False)."
-            )
+            cache = " Keys of a cache (past_key_values) or a prefix have no queries: train without (use_cache=False)."
         raise ValueError(f"attention has {shape[-2]} queries and {length} keys: {REMEDIES['attention']}{cache}")
     tensor = n_text.text if isinstance(n_text, TokenLayout) else n_text if isinstance(n_text, Tensor) else None
     pairs = tokens = None
