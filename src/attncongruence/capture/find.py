@@ -129,7 +129,7 @@ def wrong_index(indices: list[int], count: int, log: Log) -> str:
     choose = "None of them is a self-attention: name a layer or, if one is missing here, switch it to sdpa or eager."
     if not count and any(o.lengths[0] + 1 < o.lengths[1] for _, o in log):
         choose = (
-            "Fewer queries than keys: some keys come from a cache (past_key_values) or from a prefix (prefix tuning), or "
+            "Fewer queries than keys: some keys come from a cache (past_key_values) or a prefix (prefix tuning), or "
             "it is cross-attention. Train without cache and prefix (use_cache=False, LoRA); for cross-attention name "
             "the layers and use AttentionBlocks.from_streams."
         )
