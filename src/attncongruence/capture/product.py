@@ -8,6 +8,7 @@ it in a known way (a scale, a mask) or makes it opaque (a soft cap, a shift by t
 import dataclasses
 import math
 import re
+import string
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,7 +20,11 @@ from torch import Tensor
 FLOOR = -5000.0
 
 PRODUCTS = {"matmul", "rmatmul", "bmm", "baddbmm", "einsum"}
-RESHAPES = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"}
+# These keep the order of the elements, whatever the shape.
+RESHAPES = {
+    *("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "ravel", "view_as", "reshape_as"),
+    *("atleast_2d", "atleast_3d"),
+}
 _COPIES = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "alias"}
 _TIMES = {"mul", "rmul", "imul", "multiply"}
 _DIVIDE = {"div", "truediv", "itruediv", "idiv", "divide", "true_divide"}
@@ -45,7 +50,11 @@ class Operation:
         causal: query `i` sees keys `0..i`.
         logits: the tensor given to `softmax`, where the model calls it by itself.
         from_product: False for a softmax over something that is no product of two batched tensors.
-        cross: queries and keys are known to come from two sequences.
+        cross: queries and keys are known to come from two sequences, or are no tokens.
+        product: how the scores were made (a node of `capture/axes.py`), where that was seen.
+        where: how `main` was made.
+        stages: how the scores were made to which each mask was added.
+        problem: why the scores cannot be used, if they cannot.
     """
 
     query: Tensor | None = None
@@ -56,6 +65,10 @@ class Operation:
     logits: Tensor | None = None
     from_product: bool = True
     cross: bool = False
+    product: Any = None
+    where: Any = None
+    stages: tuple[Any, ...] = ()
+    problem: str = ""
 
     @property
     def main(self) -> Tensor:
@@ -78,16 +91,14 @@ class Operation:
 
     def opaque(self, *, from_product: bool = True) -> "Operation":
         """What is still known after a function that is neither a scale nor a mask."""
-        return Operation(from_product=self.from_product and from_product, cross=self.cross)
+        product = self.product if from_product else None
+        return Operation(from_product=self.from_product and from_product, cross=self.cross, product=product)
 
-    def four_d(self, folds: Mapping[int, tuple[int, int]] | None = None) -> "Operation":
-        """The same operation with all tensors as `(batch, heads, ...)`: views, no copies.
-
-        `folds` has `(batch, heads)` by the size of a first dimension that holds both.
-        """
+    def four_d(self) -> "Operation":
+        """The same operation with all tensors as `(batch, heads, ...)`: views, no copies."""
         main = self.main
         # Parts of a 4-D operation may still be folded: alibi, or q and k of a bmm.
-        folded = (main.shape[0], main.shape[1]) if main.ndim == 4 else (folds or {}).get(main.shape[0])
+        folded = (main.shape[0], main.shape[1]) if main.ndim == 4 else None
 
         def view(tensor: Tensor) -> Tensor:
             if tensor.ndim >= 4:
@@ -148,19 +159,43 @@ def read_product(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     return Operation(query, key.transpose(-1, -2), scale, masks)
 
 
-def _read_einsum(equation: object, *operands: Any) -> Operation | None:
-    """Finds q and k by an equation like `bihd,bjhd->bhij`; None if it is no attention product."""
+def einsum_letters(equation: object, *operands: Any) -> tuple[tuple[str, str, str], tuple[Tensor, Tensor]] | None:
+    """Letters of two operands and of their result, with those that `...` stands for; None if it is no such equation."""
     operands = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], list | tuple) else operands
-    parts = re.fullmatch(r"(\w+),(\w+)->(\w+)(\w)(\w)", str(equation).replace(" ", ""))
-    if parts is None or len(operands) != 2:
+    parts = re.fullmatch(r"([\w.]+),([\w.]+)->([\w.]+)", str(equation).replace(" ", ""))
+    if parts is None or len(operands) != 2 or not all(isinstance(t, Tensor) for t in operands):
         return None
-    left, right, batch, row, column = parts.groups()
+    left, right, out = parts.groups()
+    rest = [t.ndim - len(own.replace("...", "")) for own, t in zip((left, right), operands, strict=True)]
+    unused = [letter for letter in string.ascii_letters if letter not in left + right][: max(0, *rest)]
+    left, right = (
+        own.replace("...", "".join(unused[len(unused) - n :])) for own, n in zip((left, right), rest, strict=True)
+    )
+    if any(len(set(own)) != len(own) for own in (left, right)):
+        return None
+    return (left, right, out.replace("...", "".join(unused))), operands
+
+
+def _read_einsum(*args: Any) -> Operation | None:
+    """Finds q and k by an equation like `bihd,bjhd->bhij`; None if it is no attention product."""
+    letters = einsum_letters(*args)
+    if letters is None or len(letters[0][2]) < 3:
+        return None
+    (left, right, out), operands = letters
+    batch, row, column = out[:-2], out[-2], out[-1]
     (query, q), (key, k) = sorted(zip((left, right), operands, strict=True), key=lambda part: row not in part[0])
-    width = "".join((set(left) & set(right)) - {*batch, row, column})
-    rows, columns = batch + row + width, batch + column + width
-    if len(width) != 1 or sorted(query) != sorted(rows) or sorted(key) != sorted(columns):
+    width = (set(left) & set(right)) - set(out)
+    if len(width) != 1 or {row, *width} - set(query) or {column, *width} - set(key) or column in query or row in key:
         return None
-    return Operation(q.permute([query.index(a) for a in rows]), k.permute([key.index(a) for a in columns]))
+    if (set(query) | set(key)) - {*out, *width} or not (set(batch) <= set(query) or set(batch) <= set(key)):
+        return None
+    return Operation(_ordered(q, query, batch + row + min(width)), _ordered(k, key, batch + column + min(width)))
+
+
+def _ordered(tensor: Tensor, own: str, letters: str) -> Tensor:
+    """Axes in the order of some letters, with size 1 for those that the tensor does not have (grouped queries)."""
+    tensor = tensor.permute([own.index(letter) for letter in letters if letter in own])
+    return tensor[tuple(slice(None) if letter in own else None for letter in letters)]
 
 
 def read_step(

@@ -41,7 +41,7 @@ class CapturedAttention(ScoreSource):
     def __init__(self, layer: str, operation: Operation) -> None:
         self.layer = layer
         self._operation = operation = operation.four_d()
-        self.lengths = operation.lengths
+        self.lengths, self.problem = operation.lengths, operation.problem
         self.batch_size, self.heads = operation.main.shape[:2]
         self.shape = (self.batch_size, self.heads, *self.lengths)
         self.device = operation.main.device

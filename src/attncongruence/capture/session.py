@@ -4,12 +4,14 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from attncongruence import _compat
 from attncongruence.capture import find
+from attncongruence.capture.origins import sizes_of
 from attncongruence.capture.product import Log
 from attncongruence.capture.record import CapturedAttention
 from attncongruence.capture.watch import DATA_PARALLEL, Watch, hook_module, raised, uncompiled_hook, unhook
@@ -127,6 +129,8 @@ class AttentionCapture:
             raise RuntimeError(f"nothing was captured: {self._why_nothing()}")
         self._start_over(_TAKEN)
         for record in records:
+            if record.problem:
+                raise RuntimeError(f"{record.layer or 'the model itself'} {record.problem}")
             if not (self.analysis or record.requires_grad):
                 raise RuntimeError(
                     f"{record.layer} was captured without gradient, so that a loss on it trains nothing: its queries "
@@ -166,7 +170,7 @@ class AttentionCapture:
         for name, module in find.select_modules(self.model, layers).items():
             self._watches.append(Watch({name: module}, self.analysis, self._on_layer_end))
 
-    def _begin(self, module: nn.Module, args: object, kwargs: object) -> None:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the model's own forward."""
         if module is not self.model or _compat.in_backward():
             return
@@ -176,6 +180,7 @@ class AttentionCapture:
         thread.running, thread.token, thread.error_before, thread.count = True, object(), sys.exc_info()[1], {}
         self._ran.add(torch.is_grad_enabled())
         for watch in self._watches:
+            watch.sizes = sizes_of((*args, *kwargs.values()))
             watch.stop()
             watch.compiled.take()  # left by a recomputation in backward
             # nn.TransformerEncoderLayer leaves its fast path when a hook is on: validation runs without them.

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from attncongruence import _compat
+from attncongruence.capture.axes import Node
 from attncongruence.capture.kernels import do_nothing, show_kernel
+from attncongruence.capture.origins import Sizes
 from attncongruence.capture.product import Log
 from attncongruence.capture.trace import AttentionMode, CompiledMode, pop_mode, push_mode, remove_mode
 
@@ -36,6 +38,8 @@ class Watch:
         self.ran: set[bool] = set()  # since the last pop: whether passes through it were to be recorded
         self.closed = False
         self._thread, self.compiled = _ThisThread(), CompiledMode()
+        self.sizes: Sizes = None  # of the model's inputs
+        self._table: dict[Any, Node] = {}
         self._whole, self._candidates = candidates is not None, modules if candidates is None else set(candidates)
         self.handles: list[Any] = []
         self.attach()
@@ -73,7 +77,7 @@ class Watch:
             return
         if torch.compiler.is_compiling():
             if self._records():
-                self.compiled.slot = self.compiled.shapes = ()
+                self.compiled.slot = ()
                 push_mode(self.compiled)
             return
         if not (self._whole and name):
@@ -89,7 +93,9 @@ class Watch:
             self.ran.add(self._records())
             if not self._records() or (fast and not self._whole):
                 return
-            mode = self._thread.mode = AttentionMode(whole=self._whole)
+            mode = self._thread.mode = AttentionMode(
+                whole=self._whole, table=self._table, sizes=self.sizes if name else None
+            )
             push_mode(mode)
         at_end: Callable[[], None] = do_nothing
         if fast and not self.analysis:
