@@ -7,12 +7,14 @@ tensor allows it.
 
 import dataclasses
 import math
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attncongruence.capture.axes import Node, unravel
-from attncongruence.capture.origins import CHANNELS, Codes, Sizes, codes_of, over_features, softmax_codes
+from attncongruence.capture.origins import CHANNELS, Codes, Sizes, codes_of, over_features, softmax_codes, together
 from attncongruence.capture.product import Log, Operation
 
 UNKNOWN = (
@@ -20,6 +22,16 @@ UNKNOWN = (
     "it, or the whole model by number, so that the split into heads is seen; or keep batch and heads in two "
     "dimensions, (batch, heads, length, length)."
 )
+NO_PLAN = (
+    "called softmax, or attended in three dimensions, in compiled code before it ran uncompiled: its samples, heads and "
+    "gates cannot be told apart there. Run one training step before torch.compile, with the capture open, or compile "
+    "without fullgraph=True."
+)
+OTHER_CALLS = (
+    "attended another number of times, or in another way, than in the uncompiled pass that was followed: what each call "
+    "is cannot be told in compiled code. Make the capture anew, or do not compile this module."
+)
+LOOP = "loops over heads or samples, which cannot be told apart in compiled code. Do not compile this module."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,12 +168,110 @@ def _factors(samples: list[int], heads: list[int]) -> tuple[tuple[int, bool], ..
     return tuple(factors)
 
 
-def attention_of(log: Log, sizes: Sizes) -> Log:
-    """The operations of one pass, as `(batch, heads, ...)`; those of a loop over heads or samples are one."""
+Plan = list[tuple[str, bool, "Fold | str | None"]]
+"""Each softmax and each `scaled_dot_product_attention` of a pass, in order: its module, whether it is the latter, and
+how its leading axes are folded: None where it is no attention, a message where it cannot be used."""
+
+
+def attention_of(log: Log, sizes: Sizes, *, whole: bool) -> tuple[Log, Plan]:
+    """The operations of one pass, as `(batch, heads, ...)`, and the plan for passes that are not followed.
+
+    The operations of a loop over heads or samples are one.
+    """
     # Softmaxes that weigh no keys (gates, routers) are dropped, unless nothing else was seen; features are no keys.
-    seen = [entry for entry in log if entry[1].from_product]
-    seen = seen or [entry for entry in log if entry[1].where is None or not over_features(entry[1].where)]
-    return [(name, canonical(operation, sizes)) for name, operation in seen]
+    products = whole or any(operation.from_product for _, operation in log)
+    plan: Plan = []
+    found: Log = []
+    kept: Log = []
+    for name, operation in log:
+        where, fold = operation.where, None
+        if operation.from_product or not (products or where is None or over_features(where)):
+            fold = None if where is None else fold_of(where, operation.product, sizes)
+            found.append((name, canonical(operation, sizes)))
+            kept.append((name, operation))
+        plan.append((name, operation.logits is None, fold))
+    for group in _loops(kept):
+        joined = _joined([kept[place][1] for place in group], sizes)
+        if joined is not None:
+            for place in group[:-1]:
+                found[place] = ("", None)  # type: ignore[assignment]
+            found[group[-1]] = (kept[group[0]][0], joined)
+            plan = [
+                (name, sdpa, fold and LOOP) if name == kept[group[0]][0] else (name, sdpa, fold)
+                for name, sdpa, fold in plan
+            ]
+    return [entry for entry in found if entry[1] is not None], plan
+
+
+def _loops(log: Log) -> list[list[int]]:
+    """Places in a log of operations that may be one: of one module, with scores of one shape."""
+    groups: dict[Any, list[int]] = {}
+    for place, (name, operation) in enumerate(log):
+        if operation.product is not None:
+            key = name, operation.where.shape, operation.product.shape, operation.logits is None
+            groups.setdefault(key, []).append(place)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _joined(parts: list[Operation], sizes: Sizes) -> Operation | None:
+    """Operations that are heads or samples of one, as that one; None if they are not."""
+    with torch.device("cpu"):
+        codes = [codes_of(part.where, part.product, sizes) for part in parts]
+        known = [code for code in codes if code is not None and not code.problem]
+        if len(known) < len(parts):
+            return None
+        for side in (0, 1):
+            sources = {tuple(code.samples[side][:, 0].tolist()) for code in known}
+            projections = {tuple(code.heads[side][:, 0].tolist()) for code in known}
+            if len(sources) > 1 or (
+                len(projections) > 1 and any(len(set(_rank(code.heads[side]))) > 1 for code in known)
+            ):
+                return None  # another sequence, or another attention with heads of its own
+        ranks = decide(together(known))
+        factors = None if ranks is None else _factors(*ranks)
+    if factors is None:
+        return None
+    lead = (len(parts), *parts[0].where.shape[:-2])
+    fold = Fold(lead, factors)
+    first = parts[0]
+    logits = None if first.logits is None else fold.apply(torch.stack([part.logits for part in parts]))  # type: ignore[misc]
+    shapes = {stage.shape[:-2] for part in parts for stage in (part.product, *part.stages)}
+    alike = {(part.scale, part.causal, tuple(factor for _, factor in part.masks)) for part in parts}
+    if len(alike) > 1 or shapes != {first.where.shape[:-2]} or any(part.query is None for part in parts):
+        return None if logits is None else dataclasses.replace(first.opaque(), logits=logits)
+
+    def bring(tensors: Iterable[Any]) -> Tensor:
+        aligned = [t[(None,) * (len(lead) + 1 - t.ndim)] for t in tensors]
+        return fold.apply(torch.stack(torch.broadcast_tensors(*aligned)))
+
+    masks = tuple(
+        (bring(part.masks[place][0] for part in parts), factor) for place, (_, factor) in enumerate(first.masks)
+    )
+    query, key = bring(part.query for part in parts), bring(part.key for part in parts)
+    return dataclasses.replace(first, query=query, key=key, masks=masks, logits=logits)
+
+
+def planned(calls: Sequence[tuple[bool, Operation]], plan: Plan | None) -> list[Operation]:
+    """Operations of a compiled pass, which leaves no trail: read by the plan of a pass that was followed."""
+    if plan is None:
+        return [
+            operation.four_d() if sdpa and operation.main.ndim == 4 else dataclasses.replace(operation, problem=NO_PLAN)
+            for sdpa, operation in calls
+        ]
+    same = [sdpa for sdpa, _ in calls] == [sdpa for _, sdpa, _ in plan]
+    found = []
+    for place, (sdpa, operation) in enumerate(calls):
+        fold = plan[place][2] if same else OTHER_CALLS
+        if sdpa and fold is None and operation.main.ndim == 4:
+            found.append(operation.four_d())
+        if isinstance(fold, Fold):
+            lead = tuple(operation.main.shape[:-2])
+            fold = fold.refit(lead) or UNKNOWN.format(shape=" x ".join(map(str, operation.main.shape)))
+        if isinstance(fold, str):
+            found.append(dataclasses.replace(operation, problem=fold, cross=operation.cross or fold == CHANNELS))
+        elif fold is not None:
+            found.append(operation.apply(fold.apply))
+    return found
 
 
 def canonical(operation: Operation, sizes: Sizes) -> Operation:

@@ -142,14 +142,20 @@ def codes_of(scores: Node, product: Node | None, sizes: Sizes) -> Codes | None:
                 found.append((which, product_codes(node, sizes)))
             else:
                 return None
-    merged = [codes.at(places[which], features[which]) for which, codes in found]
     order = torch.argsort(torch.cat([which for which, _ in found]))
-    pairs = [
-        tuple(torch.cat([getattr(codes, name)[side] for codes in merged])[order] for side in (0, 1))
-        for name in ("samples", "heads", "copies")
-    ]
-    problem = next((codes.problem for codes in merged if codes.problem), "")
-    return Codes(*pairs, problem)  # type: ignore[arg-type]
+    nothing = torch.zeros(count, 1, dtype=torch.int64)
+    return together([codes.at(places[which], features[which]) for which, codes in found]).at(order, nothing)
+
+
+def together(codes: Sequence[Codes]) -> Codes:
+    """Positions of several scores, one after another."""
+
+    def joined(name: str) -> tuple[Tensor, Tensor]:
+        left, right = (torch.cat([getattr(one, name)[side] for one in codes]) for side in (0, 1))
+        return left, right
+
+    problem = next((one.problem for one in codes if one.problem), "")
+    return Codes(joined("samples"), joined("heads"), joined("copies"), problem)
 
 
 def sizes_of(inputs: Iterable[object]) -> Sizes:

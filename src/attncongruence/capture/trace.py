@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from attncongruence import _compat
 from attncongruence.capture import product
 from attncongruence.capture.axes import Node, Trail
-from attncongruence.capture.folds import attention_of
+from attncongruence.capture.folds import Plan, attention_of, planned
 from attncongruence.capture.origins import Sizes
 from attncongruence.capture.product import Log, Operation, tensors_in
 
@@ -36,6 +36,7 @@ class AttentionMode(TorchFunctionMode):
         self.path: list[tuple[str, Callable[[], None]]] = []  # modules that run now; what to do when they have run
         self.error_before = sys.exc_info()[1]
         self._log: Log = []
+        self.plan: Plan = []  # for compiled passes; made when this one has finished
         self._whole, self._sizes, self._trail = whole, sizes, Trail({} if table is None else table)
         # By id: the tensor, its version, and the operation behind it. Weak, so that the model's intermediate scores
         # are freed as early as they are without us.
@@ -43,15 +44,15 @@ class AttentionMode(TorchFunctionMode):
 
     def log(self, operation: Operation) -> None:
         """Adds an operation of the innermost module that runs."""
-        if operation.from_product or not self._whole:
-            self._log.append((self.path[-1][0], operation))
+        self._log.append((self.path[-1][0], operation))
 
     def finish(self) -> Log:
         """Switches the mode off, also late, when an interrupt skipped the end, and returns the log."""
         while self.path:
             self.path.pop()[1]()
         remove_mode(self)
-        return attention_of(self._log, self._sizes)
+        log, self.plan = attention_of(self._log, self._sizes, whole=self._whole)
+        return log
 
     def __torch_function__(self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -153,6 +154,7 @@ class CompiledMode(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.slot: tuple[tuple[Any, ...], ...] = ()
+        self.plan: Plan | None = None  # of a pass that was followed
 
     def __torch_function__(self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -168,13 +170,13 @@ class CompiledMode(TorchFunctionMode):
     def take(self) -> list[Operation]:
         """Empties the slot; called outside of compiled code."""
         taken, self.slot = self.slot, ()
-        found = []
+        calls = []
         for is_sdpa, args, kwargs in taken:
             if is_sdpa:
-                found.append(product.read_sdpa(*args, **kwargs))
+                calls.append((True, product.read_sdpa(*args, **kwargs)))
             elif (logits := product.softmax_logits(*args, **kwargs)) is not None:
-                found.append(Operation(logits=logits))
-        return [operation.four_d() for operation in found]
+                calls.append((False, Operation(logits=logits)))
+        return planned(calls, self.plan)
 
 
 def push_mode(mode: TorchFunctionMode) -> None:

@@ -114,6 +114,7 @@ class Watch:
             if not mode.path:
                 log = self.stop()
                 if not raised(result, mode.error_before):
+                    self.compiled.plan = mode.plan
                     self.on_end(name, log)
 
 
