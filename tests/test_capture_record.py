@@ -11,6 +11,7 @@ from torch import nn
 from attncongruence import QueryKey, cacr_loss
 from attncongruence.capture import CapturedAttention, capture_attention
 from attncongruence.capture import record as module
+from attncongruence.capture.folds import Fold
 from attncongruence.capture.product import FLOOR, Operation
 from tests.helpers.problems import Synchronizations
 from tests.helpers.single_head import ByHand, Fused, record
@@ -63,7 +64,7 @@ def test_one_mask_for_all_samples_stays_one():
 def test_parts_that_fold_batch_and_heads_become_4_d_views():
     q, k, bias = torch.randn(6, 5, 4), torch.randn(6, 5, 4), torch.randn(3, 1, 5)
     folded = Operation(query=q, key=k, masks=((bias, 1.0),))
-    assert folded.four_d({6: (2, 3)}).query.shape == (2, 3, 5, 4)
+    assert Fold((6,), ((2, False), (3, True))).apply(q).shape == (2, 3, 5, 4)
     assert folded.four_d().query.shape == (6, 1, 5, 4)
     wide = Operation(query=q, key=k, logits=torch.randn(2, 3, 5, 5), masks=((bias, 1.0),)).four_d()
     assert (wide.query.shape, wide.masks[0][0].shape) == ((2, 3, 5, 4), (1, 3, 1, 5))

@@ -8,6 +8,7 @@ it in a known way (a scale, a mask) or makes it opaque (a soft cap, a shift by t
 import dataclasses
 import math
 import re
+import string
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,7 +20,11 @@ from torch import Tensor
 FLOOR = -5000.0
 
 PRODUCTS = {"matmul", "rmatmul", "bmm", "baddbmm", "einsum"}
-RESHAPES = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"}
+# These keep the order of the elements, whatever the shape.
+RESHAPES = {
+    *("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "ravel", "view_as", "reshape_as"),
+    *("atleast_2d", "atleast_3d"),
+}
 _COPIES = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "alias"}
 _TIMES = {"mul", "rmul", "imul", "multiply"}
 _DIVIDE = {"div", "truediv", "itruediv", "idiv", "divide", "true_divide"}
@@ -46,8 +51,12 @@ class Operation:
         causal: query `i` sees keys `0..i`.
         logits: the tensor given to `softmax`, where the model calls it by itself.
         from_product: False for a softmax over something that is no product of two batched tensors.
-        cross: queries and keys are known to come from two sequences.
-        versions: each of `tensors` as the model used it, with its version then; (): not known.
+        cross: queries and keys are known to come from two sequences, or are no tokens.
+        product: how the scores were made (a node of `capture/axes.py`), where that was seen.
+        where: how `main` was made.
+        stages: for each mask, how the scores were made to which it was added.
+        problem: why the scores cannot be used, if they cannot.
+        versions: what each tensor is, the tensor as the model used it, its version then; (): not known.
         spoke: groups of processes that its module spoke to while it ran.
     """
 
@@ -59,8 +68,12 @@ class Operation:
     logits: Tensor | None = None
     from_product: bool = True
     cross: bool = False
+    product: Any = None
+    where: Any = None
+    stages: tuple[Any, ...] = ()
+    problem: str = ""
     written: tuple[float, ...] = ()
-    versions: tuple[tuple[Tensor, float], ...] = ()
+    versions: tuple[tuple[str, Tensor, float], ...] = ()
     spoke: frozenset[str] = frozenset()
 
     @property
@@ -82,18 +95,18 @@ class Operation:
         masks = tuple((change(mask), factor) for mask, factor in self.masks)
         return dataclasses.replace(self, query=query, key=key, logits=logits, masks=masks)
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All that it holds: queries, keys, logits, masks."""
-        own = (self.query, self.key, self.logits, *(mask for mask, _ in self.masks))
-        return [tensor for tensor in own if tensor is not None]
+    def logits_alone(self, logits: Tensor | None, problem: str = "") -> "Operation":
+        """The same operation without what led to its logits."""
+        versions = tuple(version for version in self.versions if version[0] == "scores")
+        bare = dataclasses.replace(self, query=None, key=None, scale=1.0, masks=(), written=(), stages=(), causal=False)
+        return dataclasses.replace(bare, logits=logits, versions=versions, problem=problem)
 
-    def with_mask(self, mask: Tensor, factor: float) -> "Operation":
+    def with_mask(self, mask: Tensor, factor: float, stage: Any = None) -> "Operation":
         """The same operation with one more mask; a mask that learns hides nothing, so logits alone do without it."""
         if self.query is None and mask.requires_grad:
             return self
-        masks = (*self.masks, (mask, factor))
-        return dataclasses.replace(self, masks=masks, written=(*self.as_written, factor))
+        masks, stages = (*self.masks, (mask, factor)), (*self.all_stages, stage)
+        return dataclasses.replace(self, masks=masks, written=(*self.as_written, factor), stages=stages)
 
     def times(self, factor: float) -> "Operation | None":
         """The scaled operation; None where that would show what a mask hides.
@@ -110,21 +123,25 @@ class Operation:
         """The factor of each mask where the model added it."""
         return self.written or tuple(factor for _, factor in self.masks)
 
+    @property
+    def all_stages(self) -> tuple[Any, ...]:
+        """`stages`, with None for those that are not known."""
+        return self.stages or (None,) * len(self.masks)
+
     def opaque(self, *, from_product: bool = True, moved: bool = False) -> "Operation":
         """What is still known after a function that is neither a scale nor a mask; `moved`: the pairs changed place."""
         unknown = Operation(from_product=self.from_product and from_product, cross=self.cross)
-        for (mask, _), factor in zip(() if moved else self.masks, () if moved else self.as_written, strict=True):
-            unknown = unknown.with_mask(mask, factor)
+        unknown = dataclasses.replace(unknown, product=self.product if from_product else None)
+        if not moved:
+            for (mask, _), factor, stage in zip(self.masks, self.as_written, self.all_stages, strict=True):
+                unknown = unknown.with_mask(mask, factor, stage)
         return unknown
 
-    def four_d(self, folds: Mapping[int, tuple[int, int]] | None = None) -> "Operation":
-        """The same operation with all tensors as `(batch, heads, ...)`: views, no copies.
-
-        `folds` has `(batch, heads)` by the size of a first dimension that holds both.
-        """
+    def four_d(self) -> "Operation":
+        """The same operation with all tensors as `(batch, heads, ...)`: views, no copies."""
         main = self.main
         # Parts of a 4-D operation may still be folded: alibi, or q and k of a bmm.
-        folded = (main.shape[0], main.shape[1]) if main.ndim == 4 else (folds or {}).get(main.shape[0])
+        folded = (main.shape[0], main.shape[1]) if main.ndim == 4 else None
 
         def view(tensor: Tensor) -> Tensor:
             if tensor.ndim >= 4:
@@ -185,19 +202,43 @@ def read_product(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     return Operation(query, key.transpose(-1, -2), scale, masks)
 
 
-def _read_einsum(equation: object, *operands: Any) -> Operation | None:
-    """Finds q and k by an equation like `bihd,bjhd->bhij`; None if it is no attention product."""
+def einsum_letters(equation: object, *operands: Any) -> tuple[tuple[str, str, str], tuple[Tensor, Tensor]] | None:
+    """Letters of two operands and of their result, with those that `...` stands for; None if it is no such equation."""
     operands = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], list | tuple) else operands
-    parts = re.fullmatch(r"(\w+),(\w+)->(\w+)(\w)(\w)", str(equation).replace(" ", ""))
-    if parts is None or len(operands) != 2:
+    parts = re.fullmatch(r"([\w.]+),([\w.]+)->([\w.]+)", str(equation).replace(" ", ""))
+    if parts is None or len(operands) != 2 or not all(isinstance(t, Tensor) for t in operands):
         return None
-    left, right, batch, row, column = parts.groups()
+    left, right, out = parts.groups()
+    rest = [t.ndim - len(own.replace("...", "")) for own, t in zip((left, right), operands, strict=True)]
+    unused = [letter for letter in string.ascii_letters if letter not in left + right][: max(0, *rest)]
+    left, right = (
+        own.replace("...", "".join(unused[len(unused) - n :])) for own, n in zip((left, right), rest, strict=True)
+    )
+    if any(len(set(own)) != len(own) for own in (left, right)):
+        return None
+    return (left, right, out.replace("...", "".join(unused))), operands
+
+
+def _read_einsum(*args: Any) -> Operation | None:
+    """Finds q and k by an equation like `bihd,bjhd->bhij`; None if it is no attention product."""
+    letters = einsum_letters(*args)
+    if letters is None or len(letters[0][2]) < 3:
+        return None
+    (left, right, out), operands = letters
+    batch, row, column = out[:-2], out[-2], out[-1]
     (query, q), (key, k) = sorted(zip((left, right), operands, strict=True), key=lambda part: row not in part[0])
-    width = "".join((set(left) & set(right)) - {*batch, row, column})
-    rows, columns = batch + row + width, batch + column + width
-    if len(width) != 1 or sorted(query) != sorted(rows) or sorted(key) != sorted(columns):
+    width = (set(left) & set(right)) - set(out)
+    if len(width) != 1 or {row, *width} - set(query) or {column, *width} - set(key) or column in query or row in key:
         return None
-    return Operation(q.permute([query.index(a) for a in rows]), k.permute([key.index(a) for a in columns]))
+    if (set(query) | set(key)) - {*out, *width} or not (set(batch) <= set(query) or set(batch) <= set(key)):
+        return None
+    return Operation(_ordered(q, query, batch + row + min(width)), _ordered(k, key, batch + column + min(width)))
+
+
+def _ordered(tensor: Tensor, own: str, letters: str) -> Tensor:
+    """Axes in the order of some letters, with size 1 for those that the tensor does not have (grouped queries)."""
+    tensor = tensor.permute([own.index(letter) for letter in letters if letter in own])
+    return tensor[tuple(slice(None) if letter in own else None for letter in letters)]
 
 
 def read_step(

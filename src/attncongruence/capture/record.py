@@ -50,7 +50,7 @@ class CapturedAttention(ScoreSource):
         self.layer = layer
         operation = operation.four_d()
         self._operation = operation = operation if operation.versions else noted(operation)
-        self.lengths = operation.lengths
+        self.lengths, self.problem = operation.lengths, operation.problem
         self.batch_size, self.heads = operation.main.shape[:2]
         self.shape = (self.batch_size, self.heads, *self.lengths)
         self.device = operation.main.device
@@ -79,7 +79,7 @@ class CapturedAttention(ScoreSource):
         if kept is not None and (kept.requires_grad or not (torch.is_grad_enabled() and self.requires_grad)):
             return kept
         operation = self._operation
-        for tensor, version in operation.versions:
+        for _, tensor, version in operation.versions:
             if _compat.writes(tensor) != version:
                 operation = self._unwritten()
         if operation.logits is not None:
@@ -169,16 +169,15 @@ class CapturedAttention(ScoreSource):
         """The operation, if the model has not written to its tensors since."""
         operation = self._operation
         written = changed(operation)
-        if written and operation.query is not None and all(tensor is operation.logits for tensor in written):
+        if written and operation.query is not None and set(written) == {"scores"}:
             # The scores can be computed again.
             self._operation = noted(dataclasses.replace(operation, logits=None))
         elif written:
-            names = {id(operation.query): "queries", id(operation.key): "keys", id(operation.logits): "scores"}
-            what = " and ".join(dict.fromkeys(names.get(id(tensor), "masks") for tensor in written))
             raise RuntimeError(
-                f"{self.layer or 'the model itself'}: the model has written to the {what} of this record since it "
-                "attended, so what they were is not known any more. Let it write to a copy (clone() before the write), "
-                "or read captured.scores before the write."
+                f"{self.layer or 'the model itself'}: the model has written to the "
+                f"{' and '.join(dict.fromkeys(written))} of this record since it attended, so what they were is not "
+                "known any more. Let it write to a copy (clone() before the write), or read captured.scores before the "
+                "write."
             )
         return self._operation
 

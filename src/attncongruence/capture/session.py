@@ -5,12 +5,15 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attncongruence import _compat, _compat_stack
 from attncongruence.capture import find, sharded
+from attncongruence.capture.folds import Plan
+from attncongruence.capture.origins import sizes_of
 from attncongruence.capture.product import Log
 from attncongruence.capture.record import CapturedAttention
 from attncongruence.capture.watch import DATA_PARALLEL, Watch, hook_module, raised, uncompiled_hook, unhook
@@ -136,6 +139,8 @@ class AttentionCapture:
             raise RuntimeError(f"nothing was captured: {self._why_nothing()}")
         self._start_over(_TAKEN)
         for record in records:
+            if record.problem:
+                raise RuntimeError(f"{record.layer or 'the model itself'} {record.problem}")
             if not (self.analysis or record.requires_grad):
                 raise RuntimeError(
                     f"{record.layer} was captured without gradient, so that a loss on it trains nothing: its queries "
@@ -172,11 +177,12 @@ class AttentionCapture:
     def _all_watches(self) -> list[Watch]:
         return self._watches if self._finder is None else [*self._watches, self._finder]
 
-    def _watch(self, model: nn.Module, layers: Iterable[str | nn.Module]) -> None:
+    def _watch(self, model: nn.Module, layers: Iterable[str | nn.Module], plan: Plan | None = None) -> None:
         for name, module in find.select_modules(model, layers).items():
-            self._watches.append(Watch({name: module}, self.analysis, self._on_layer_end))
+            own = None if plan is None else [step for step in plan if f"{step[0]}.".startswith(f"{name}.") or not name]
+            self._watches.append(Watch({name: module}, self.analysis, self._on_layer_end, plan=own))
 
-    def _begin(self, module: nn.Module, args: object, kwargs: object) -> None:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the model's own forward."""
         if module is not self.model or _compat.in_backward():
             return
@@ -188,6 +194,7 @@ class AttentionCapture:
             self._ran.add(torch.is_grad_enabled())
             self._cut = sharded.cuts_sequences() or self._cut
         for watch in self._watches:
+            watch.sizes = sizes_of((*args, *kwargs.values()))
             if not thread.passes:
                 watch.stop()
                 watch.compiled.take()  # left by a recomputation in backward
@@ -273,13 +280,14 @@ class AttentionCapture:
         self._records += [(self._thread.passes, CapturedAttention(name, operation)) for name, _, operation in chosen]
         if self._finder is None:  # another thread was first
             return
+        plan = self._finder.plan
         self._finder.close()
         self._finder = None
         names = [name for name, _, _ in found]
         for name, number, _ in chosen:
             if names.count(name) > 1:
                 self._keep.setdefault(name, set()).add(number)
-        self._watch(self.model, dict.fromkeys(name for name, _, _ in chosen))
+        self._watch(self.model, dict.fromkeys(name for name, _, _ in chosen), plan)
 
     def _why_nothing(self) -> str:
         if self._closed:

@@ -7,12 +7,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from attncongruence import _compat
 from attncongruence.capture import product
+from attncongruence.capture.axes import Node, Trail
+from attncongruence.capture.folds import Plan, attention_of, planned
+from attncongruence.capture.origins import Sizes
 from attncongruence.capture.product import Log, Operation, tensors_in
 from attncongruence.capture.versions import kept
 
@@ -22,24 +25,37 @@ class AttentionMode(TorchFunctionMode):
 
     It records how each score-like tensor was made, so that a softmax leads back to q and k. In a pass through a whole
     model, it also tells inputs apart, and logs only softmaxes over products.
+
+    Args:
+        whole: whether all modules of a model are watched.
+        records: whether what attends at the moment is to be recorded.
+        table: what earlier passes through the same module found out about its tensors.
+        sizes: of the model's inputs, where the module is a part of it.
     """
 
-    def __init__(self, *, whole: bool = False, records: Callable[[], bool] = lambda: True) -> None:
+    def __init__(
+        self,
+        *,
+        whole: bool = False,
+        records: Callable[[], bool] = lambda: True,
+        table: dict[Any, Node] | None = None,
+        sizes: Sizes = None,
+    ) -> None:
         super().__init__()
         # Modules that run now; what to do when they have run; how long the log was before.
         self.path: list[tuple[str, Callable[[], None], int]] = []
         self._records = records
         self.error_before = sys.exc_info()[1]
         self.entries: Log = []
-        self._lineage = Lineage() if whole else None
+        self.plan: Plan = []  # for compiled passes; made when this one has finished
+        self._whole, self._sizes, self._trail = whole, sizes, Trail({} if table is None else table)
         # By id: the tensor, its version, and the operation behind it. Weak, so that the model's intermediate scores
         # are freed as early as they are without us.
         self._made: dict[int, tuple[weakref.ref[Tensor], float, Operation]] = {}
-        self._folds: dict[int, tuple[int, int]] = {}  # (batch, heads) by their product, as reshapes show them
 
     def log(self, operation: Operation) -> None:
         """Adds an operation of the innermost module that runs, if it is to be recorded."""
-        if (operation.from_product or self._lineage is None) and self._records():
+        if self._records():
             self.entries.append((self.path[-1][0], kept(operation)))
 
     def enter(self, name: str, at_end: Callable[[], None]) -> None:
@@ -58,9 +74,8 @@ class AttentionMode(TorchFunctionMode):
         while self.path:
             self.path.pop()[1]()
         remove_mode(self)
-        # Softmaxes that weigh no keys (gates, routers) are dropped, unless nothing else was seen.
-        log = [(name, operation) for name, operation in self.entries if operation.from_product] or self.entries
-        return [(name, operation.four_d(self._folds)) for name, operation in log]
+        log, self.plan = attention_of(self.entries, self._sizes, whole=self._whole)
+        return log
 
     def __torch_function__(self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -71,36 +86,43 @@ class AttentionMode(TorchFunctionMode):
                 return _compat.mha_body(*args, **kwargs)
         # torch.Tensor.__matmul__, torch.matmul and Tensor.matmul are all "matmul".
         name = str(getattr(func, "__name__", "")).strip("_")
+        if name == "get":  # Tensor.mT.__get__
+            name = str(getattr(func.__self__, "__name__", ""))
         if func is F.scaled_dot_product_attention:
-            operation = product.read_sdpa(*args, **kwargs)
-            self.log(self._mark_cross(operation, operation.query, operation.key))
+            self.log(self._with_node(product.read_sdpa(*args, **kwargs)))
         elif name == "softmax" and (logits := product.softmax_logits(*args, **kwargs)) is not None:
             operation = self._known(logits) or Operation(from_product=False)
-            self.log(dataclasses.replace(operation, logits=logits))
+            self.log(dataclasses.replace(operation, logits=logits, where=self._trail.node(logits)))
         result = func(*args, **kwargs)  # softmax(scores, out=scores) writes to what was logged
-        self.follow(name, args, kwargs, result)
+        self.follow(name, args, kwargs, result, func)
         return result
 
-    def follow(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object) -> None:
+    def follow(
+        self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object, func: Any = None
+    ) -> None:
         """Records one torch function after it ran; `name` is its name without underscores."""
-        if self._lineage is not None:
-            self._lineage.follow(args, kwargs, result)
-        if not isinstance(result, Tensor) or result.ndim < 3:
-            return
-        if name in product.RESHAPES and args and isinstance(args[0], Tensor):
-            _note_fold(self._folds, args[0].shape, result.shape)
-        operation = None
-        if name in product.PRODUCTS:
-            operation = self._product(name, args, kwargs)
-        elif self._made:
-            operation = self._derived(name, args, kwargs, result)
+        scores = operation = None
+        if isinstance(result, Tensor) and result.ndim >= 3:
+            if name in product.PRODUCTS:
+                operation = self._product(name, args, kwargs)
+            elif self._made:
+                scores, operation = self._derived(name, args, kwargs, result)
+        self._trail.follow(func, name, args, kwargs, result, scores)
         if operation is not None:
+            assert isinstance(result, Tensor)
+            if operation.product is None and self._trail.node(result).kind == "product":
+                operation = self._with_node(operation, self._trail.node(result))
             self._made[id(result)] = (weakref.ref(result), _compat.version(result), operation)
 
-    def _mark_cross(self, operation: Operation, *factors: object) -> Operation:
-        if self._lineage is None or not self._lineage.differ(*factors):
-            return operation
-        return dataclasses.replace(operation, cross=True)
+    def _with_node(self, operation: Operation, node: Node | None = None) -> Operation:
+        """An operation that begins, with what is known about its scores."""
+        if node is None:
+            assert operation.query is not None
+            assert operation.key is not None
+            node = self._trail.product(operation.query, operation.key)
+        query, key = (parent.root for parent in node.parents)
+        stages = (node,) * len(operation.masks)
+        return dataclasses.replace(operation, product=node, where=node, stages=stages, cross=query is not key)
 
     def _known(self, tensor: Tensor, *, in_place: bool = False) -> Operation | None:
         """The operation behind a tensor; opaque if the tensor may have been written to since (`scores[..., 0] = 0`)."""
@@ -118,72 +140,32 @@ class AttentionMode(TorchFunctionMode):
         factors = tensors_in(args)[-2:]
         if any((known := self._known(t)) is not None and not known.from_product for t in factors):
             return None  # probabilities times values
-        operation = product.read_product(name, args, kwargs)
-        return None if operation is None else self._mark_cross(operation, *factors)
+        return product.read_product(name, args, kwargs)
 
-    def _derived(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> Operation | None:
+    def _derived(
+        self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor
+    ) -> tuple[Tensor | None, Operation | None]:
+        """The scores among some arguments, and the operation behind what was made of them."""
         given = ((t, self._known(t, in_place=t is result)) for t in tensors_in((*args, *kwargs.values())))
         scores, operation = next((pair for pair in given if pair[1] is not None), (result, None))
         if operation is None:
-            return None
+            return None, None
         if scores is result and self._made[id(scores)][1] == _compat.version(scores):
-            return None  # nothing was done and nothing changes, as in contiguous() of a contiguous tensor
+            return scores, None  # nothing was done and nothing changes, as in contiguous() of a contiguous tensor
         same_matrix = scores.shape[-2:] == result.shape[-2:]
         if not (same_matrix or scores.numel() == result.numel() or scores.shape[:-1] == result.shape[:-1]):
-            return None
+            return None, None
         # Transposed scores are for the other direction, longer ones have a sink, wider ones a bias for each head: all
         # are scores, none is scale q k^T.
         same_shape = scores.shape == result.shape or (name in product.RESHAPES and same_matrix)
         if name == "softmax" or not same_shape:
-            return operation.opaque(from_product=name != "softmax", moved=not same_shape)
-        return product.read_step(name, operation, scores, args, kwargs) or operation.opaque()
-
-
-class Lineage:
-    """Records which input each tensor descends from, to tell self-attention from cross-attention of equal length.
-
-    Two embeddings are two origins. A tensor has the origin of the first argument that has one; if none has, it is an
-    origin itself. Integer tensors (ids, positions) and tensors without arguments (zeros) have no origin.
-    """
-
-    def __init__(self) -> None:
-        self._origins: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        self._count = 0
-
-    def follow(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object) -> None:
-        """Records one torch function after it ran."""
-        # A DTensor and its part on this process are one: the way from one to the other is no torch function.
-        made = [_compat.local_part(t) for t in tensors_in((result,)) if t.is_floating_point()]
-        given = [_compat.local_part(t) for t in tensors_in((*args, *kwargs.values()))]
-        if not made or not given:
-            return
-        origin = next((o for o in map(self.origin, given) if o is not None), None)
-        if origin is None:
-            origin = self._count = self._count + 1
-            # An input of the model has the same origin as what is made of it; weights have no origin.
-            made += [t for t in given if t.is_floating_point() and not isinstance(t, nn.Parameter)][:1]
-        for tensor in made:
-            if self.origin(tensor) is None:
-                self._origins[id(tensor)] = (weakref.ref(tensor), origin)
-
-    def origin(self, tensor: object) -> int | None:
-        """Number of a tensor's origin, if it has one."""
-        tensor = _compat.local_part(tensor) if isinstance(tensor, Tensor) else tensor
-        ref, origin = self._origins.get(id(tensor), (None, 0))
-        return origin if ref is not None and ref() is tensor else None
-
-    def differ(self, *tensors: object) -> bool:
-        """Whether two tensors are known to have different origins."""
-        return len(set(map(self.origin, tensors)) - {None}) == 2
-
-
-def _note_fold(folds: dict[int, tuple[int, int]], before: torch.Size, after: torch.Size) -> None:
-    wide, flat = (before, after) if len(before) == 4 else (after, before)
-    if len(wide) == 4 and flat == (wide[0] * wide[1], *wide[2:]):
-        folds.setdefault(flat[0], (wide[0], wide[1]))
-
-
-_FOLDS = (Tensor.reshape, Tensor.view, Tensor.flatten, torch.reshape, torch.flatten, torch.unflatten)
+            return scores, operation.opaque(from_product=name != "softmax", moved=not same_shape)
+        after = product.read_step(name, operation, scores, args, kwargs)
+        if after is None:
+            return scores, operation.opaque()
+        before = len(operation.masks)
+        added = (self._trail.node(scores),) * (len(after.masks) - before)
+        return scores, dataclasses.replace(after, stages=(*after.all_stages[:before], *added))
 
 
 class CompiledMode(TorchFunctionMode):
@@ -196,7 +178,7 @@ class CompiledMode(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.slot: tuple[tuple[Any, ...], ...] = ()
-        self.shapes: tuple[tuple[torch.Size, torch.Size], ...] = ()  # before and after each reshape
+        self.plan: Plan | None = None  # of a pass that was followed
 
     def __torch_function__(self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -207,25 +189,18 @@ class CompiledMode(TorchFunctionMode):
             self.slot = (*self.slot, (func is F.scaled_dot_product_attention, args, kwargs))
         if func is Tensor.unflatten:  # its super() is more than torch.compile could trace under a mode in torch 2.11
             func = torch.unflatten
-        result = func(*args, **kwargs)
-        if func in _FOLDS and args:
-            self.shapes = (*self.shapes, (args[0].shape, result.shape))
-        return result
+        return func(*args, **kwargs)
 
     def take(self) -> list[Operation]:
         """Empties the slot; called outside of compiled code."""
         taken, self.slot = self.slot, ()
-        shapes, self.shapes = self.shapes, ()
-        folds: dict[int, tuple[int, int]] = {}
-        for before, after in shapes:
-            _note_fold(folds, before, after)
-        found = []
+        calls = []
         for is_sdpa, args, kwargs in taken:
             if is_sdpa:
-                found.append(product.read_sdpa(*args, **kwargs))
+                calls.append((True, product.read_sdpa(*args, **kwargs)))
             elif (logits := product.softmax_logits(*args, **kwargs)) is not None:
-                found.append(Operation(logits=logits))
-        return [operation.four_d(folds) for operation in found]
+                calls.append((False, Operation(logits=logits)))
+        return planned(calls, self.plan)
 
 
 def push_mode(mode: TorchFunctionMode) -> None:

@@ -20,17 +20,15 @@ def kept(operation: Operation) -> Operation:
 
 def noted(operation: Operation) -> Operation:
     """The same operation with the versions that its tensors have now; inference tensors have none."""
-    counted = (_NONE if tensor.is_inference() else tensor for tensor in operation.tensors)
-    return dataclasses.replace(operation, versions=tuple((tensor, _compat.writes(tensor)) for tensor in counted))
+    own = [("queries", operation.query), ("keys", operation.key), ("scores", operation.logits)]
+    own += [("masks", mask) for mask, _ in operation.masks]
+    counted = [(name, tensor) for name, tensor in own if tensor is not None and not tensor.is_inference()]
+    return dataclasses.replace(operation, versions=tuple((name, t, _compat.writes(t)) for name, t in counted))
 
 
-def changed(operation: Operation) -> list[Tensor]:
-    """Those of its tensors that the model has written to since."""
-    noted_then = zip(operation.tensors, operation.versions, strict=True)
-    return [own for own, (then, version) in noted_then if _compat.writes(then) != version]
-
-
-_NONE = torch.empty(0)
+def changed(operation: Operation) -> list[str]:
+    """Which of its tensors the model has written to since."""
+    return [name for name, tensor, version in operation.versions if _compat.writes(tensor) != version]
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from attncongruence import _compat, _compat_distributed, _compat_stack
+from attncongruence.capture.axes import Node
+from attncongruence.capture.folds import Plan
 from attncongruence.capture.kernels import do_nothing, show_kernel
+from attncongruence.capture.origins import Sizes
 from attncongruence.capture.product import Log
 from attncongruence.capture.trace import AttentionMode, CompiledMode, pop_mode, push_mode, remove_mode
 
@@ -31,12 +34,20 @@ class Watch:
     """
 
     def __init__(
-        self, modules: dict[str, nn.Module], analysis: bool, on_end: OnEnd, candidates: Iterable[str] | None = None
+        self,
+        modules: dict[str, nn.Module],
+        analysis: bool,
+        on_end: OnEnd,
+        candidates: Iterable[str] | None = None,
+        plan: Plan | None = None,
     ) -> None:
         self.modules, self.analysis, self.on_end = modules, analysis, on_end
         self.ran: set[bool] = set()  # since the last pop: whether passes through it were to be recorded
         self.closed = False
         self._thread, self.compiled = _ThisThread(), CompiledMode()
+        self.plan = self.compiled.plan = plan  # of the last pass that was followed
+        self.sizes: Sizes = None  # of the model's inputs
+        self._table: dict[Any, Node] = {}
         self._whole, self._candidates = candidates is not None, modules if candidates is None else set(candidates)
         self.handles: list[Any] = []
         self.attach()
@@ -98,7 +109,7 @@ class Watch:
             return
         if torch.compiler.is_compiling():
             if self._traces():
-                self.compiled.slot = self.compiled.shapes = ()
+                self.compiled.slot = ()
                 push_mode(self.compiled)
             return
         if _compat.is_replica(module):  # made for one step: it has the model's hooks and nothing else
@@ -118,7 +129,9 @@ class Watch:
                 self.ran.add(records)
             if not records or (fast and not self._whole):
                 return
-            mode = self._thread.mode = AttentionMode(whole=self._whole, records=self._logs)
+            mode = self._thread.mode = AttentionMode(
+                whole=self._whole, records=self._logs, table=self._table, sizes=self.sizes if name else None
+            )
             push_mode(mode)
         at_end: Callable[[], None] = do_nothing
         if fast and not self.analysis:
@@ -140,6 +153,7 @@ class Watch:
             if not mode.path:
                 log = self.stop()
                 if not failed:
+                    self.plan = self.compiled.plan = mode.plan
                     self.on_end(name, log)
 
 
