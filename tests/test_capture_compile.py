@@ -36,7 +36,7 @@ MODELS = {"fused": lambda: Stack(fused=True), "by hand": lambda: Stack(fused=Fal
 
 def build(kind: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    return MODELS[kind](), torch.randn(2, 5, 16)
+    return MODELS[kind](), torch.randn(3, 5, 16)
 
 
 def steps(model: nn.Module, capture: object, x: Tensor, parameters: list[Tensor], count: int = 3) -> list[Tensor]:
@@ -113,7 +113,7 @@ def test_named_layers_compile_with_fullgraph():
     model, x = build("fused")
     with capture_attention(model, "layers.0") as capture:
         torch.compile(model, backend="aot_eager", fullgraph=True)(x)
-        assert capture.pop().query.shape == (2, 2, 5, 8)
+        assert capture.pop().query.shape == (3, 2, 5, 8)
 
 
 def test_every_record_of_several_layers_and_forwards_arrives():

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from attncongruence import _compat
+from attncongruence.capture.folds import Unseen
 from attncongruence.capture.product import Log, Operation
 from attncongruence.capture.watch import OnEnd, Watch
 
@@ -114,6 +115,17 @@ def self_attention(log: Log) -> list[tuple[str, int, Operation]]:
 def crosses(operation: Operation) -> bool:
     """Whether queries and keys come from two sequences."""
     return operation.cross or operation.lengths[0] != operation.lengths[1]
+
+
+def missed(log: Log, unseen: Unseen, index: int, operation: Operation) -> str:
+    """Which layer makes a number doubtful: it ran on the side from which is counted, and its softmax was not seen."""
+    place = next(place for place, (_, other) in enumerate(log) if other is operation)
+    doubtful = [
+        name
+        for name, lengths, before in unseen
+        if lengths[0] == lengths[1] and (before > place if index < 0 else before <= place)
+    ]
+    return (doubtful[-1] or "the model itself") if doubtful else ""
 
 
 def operations(log: Log) -> str:

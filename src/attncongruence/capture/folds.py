@@ -31,6 +31,7 @@ OTHER_CALLS = (
     "attended another number of times, or in another way, than in the uncompiled pass that was followed: what each "
     "call is cannot be told in compiled code. Make the capture anew, or do not compile this module."
 )
+UNSEEN = "multiplied its scores with values, and no softmax was seen in between."
 LOOP = "loops over heads or samples, which cannot be told apart in compiled code. Do not compile this module."
 
 
@@ -172,9 +173,12 @@ Plan = list[tuple[str, bool, "Fold | str | None"]]
 """Each softmax and each `scaled_dot_product_attention` of a pass, in order: its module, whether it is the latter, and
 how its leading axes are folded: None where it is no attention, a message where it cannot be used."""
 
+Unseen = list[tuple[str, tuple[int, int], int]]
+"""Attention without a softmax that was seen: its module, its lengths, how many operations of the log ran before."""
 
-def attention_of(log: Log, sizes: Sizes, *, whole: bool) -> tuple[Log, Plan]:
-    """The operations of one pass, as `(batch, heads, ...)`, and the plan for passes that are not followed.
+
+def attention_of(log: Log, sizes: Sizes, *, whole: bool) -> tuple[Log, Plan, Unseen]:
+    """The operations of one pass, as `(batch, heads, ...)`, the plan for passes that are not followed, what was missed.
 
     The operations of a loop over heads or samples are one.
     """
@@ -183,7 +187,13 @@ def attention_of(log: Log, sizes: Sizes, *, whole: bool) -> tuple[Log, Plan]:
     plan: Plan = []
     found: Log = []
     kept: Log = []
+    unseen = []
     for name, operation in log:
+        if operation.problem == UNSEEN:
+            known = canonical(operation, sizes)
+            if known.problem == UNSEEN and not known.cross:
+                unseen.append((name, known.lengths, len(found)))
+            continue
         where, fold = operation.where, None
         if operation.from_product or not (products or where is None or over_features(where)):
             fold = None if where is None else fold_of(where, operation.product, sizes)
@@ -200,7 +210,9 @@ def attention_of(log: Log, sizes: Sizes, *, whole: bool) -> tuple[Log, Plan]:
                 (name, sdpa, fold and LOOP) if name == kept[group[0]][0] else (name, sdpa, fold)
                 for name, sdpa, fold in plan
             ]
-    return [entry for entry in found if entry[1] is not None], plan
+    gone = [place for place, entry in enumerate(found) if entry[1] is None]
+    unseen = [(name, lengths, place - sum(other < place for other in gone)) for name, lengths, place in unseen]
+    return [entry for entry in found if entry[1] is not None], plan, unseen
 
 
 def _loops(log: Log) -> list[list[int]]:
@@ -253,13 +265,32 @@ def _joined(parts: list[Operation], sizes: Sizes) -> Operation | None:
     return dataclasses.replace(whole, versions=versions)
 
 
-def planned(calls: Sequence[tuple[bool, Operation]], plan: Plan | None) -> list[Operation]:
+def unplanned(
+    calls: Sequence[tuple[bool, Operation]], shapes: Iterable[tuple[torch.Size, torch.Size]], sizes: Sizes
+) -> Plan:
+    """A plan for compiled code that never ran uncompiled: where the sizes of the model's inputs tell samples and heads.
+
+    `shapes` are those before and after each reshape in there.
+    """
+    known = frozenset[int]() if sizes is None else sizes[0] | sizes[1]
+    pairs = [max(pair, key=len) for pair in shapes if sorted(map(len, pair)) == [3, 4]]
+    plan: Plan = []
+    for sdpa, operation in calls:
+        lead = tuple(operation.main.shape[:-2])
+        splits = {lead} if len(lead) == 2 else {tuple(p[:2]) for p in pairs if (p[0] * p[1],) == lead}
+        found = {
+            Fold(lead, tuple((size, size not in known) for size in split))
+            for split in splits
+            if sum(size in known for size in split) == 1
+        }
+        if sdpa and len(lead) == 2:
+            found = {Fold(lead, ((lead[0], False), (lead[1], True)))}
+        plan.append(("", sdpa, found.pop() if len(found) == 1 else NO_PLAN))
+    return plan
+
+
+def planned(calls: Sequence[tuple[bool, Operation]], plan: Plan) -> list[Operation]:
     """Operations of a compiled pass, which leaves no trail: read by the plan of a pass that was followed."""
-    if plan is None:
-        return [
-            operation.four_d() if sdpa and operation.main.ndim == 4 else dataclasses.replace(operation, problem=NO_PLAN)
-            for sdpa, operation in calls
-        ]
     same = [sdpa for sdpa, _ in calls] == [sdpa for _, sdpa, _ in plan]
     found = []
     for place, (sdpa, operation) in enumerate(calls):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attncongruence import _compat, _compat_stack
 from attncongruence.capture import find, sharded
-from attncongruence.capture.folds import Plan
+from attncongruence.capture.folds import Plan, Unseen
 from attncongruence.capture.origins import sizes_of
 from attncongruence.capture.product import Log
 from attncongruence.capture.record import CapturedAttention
@@ -94,6 +94,7 @@ class AttentionCapture:
         self._watches: list[Watch] = []
         self._finder: Watch | None = None
         self._log: Log = []  # what attended in passes through parts of the model
+        self._unseen: Unseen = []  # likewise, without a softmax that was seen
         self._keep: dict[str, set[int]] = {}  # which operations of a layer, where it attends several times
         self._thread = _CurrentPasses()
         self._ran: set[bool] = set()  # since the last pop: whether gradients were on, for each pass of the model
@@ -197,7 +198,7 @@ class AttentionCapture:
             watch.sizes = sizes_of((*args, *kwargs.values()))
             if not thread.passes:
                 watch.stop()
-                watch.compiled.take()  # left by a recomputation in backward
+                watch.compiled.slot = ()  # left by a recomputation in backward
             # nn.TransformerEncoderLayer leaves its fast path when a hook is on: validation runs without them.
             watch.attach() if records else unhook(watch.handles)
         thread.passes = (*thread.passes, _Pass(sys.exc_info()[1]))
@@ -209,7 +210,7 @@ class AttentionCapture:
             return
         self._unwind(1)
         for watch in self._watches:
-            self._on_layer_end("", [(name, o) for name in watch.modules for o in watch.compiled.take()])
+            self._on_layer_end("", [(name, o) for name in watch.modules for o in watch.compiled.take(watch.sizes)])
             watch.attach()
         if raised(result, thread.passes[-1].error_before):
             self._forget_pass()
@@ -246,7 +247,10 @@ class AttentionCapture:
 
     def _on_pass_end(self, name: str, log: Log) -> None:
         """The model has run, or a part of it (`name`) that was called from outside; layers are not chosen yet."""
-        self._log = log if not name else self._log + log
+        assert self._finder is not None
+        self._log, before = (log, 0) if not name else (self._log + log, len(self._log))
+        unseen = [(layer, lengths, before + place) for layer, lengths, place in self._finder.unseen]
+        self._unseen = unseen if not name else self._unseen + unseen
         if not name:
             self._choose()
 
@@ -266,7 +270,14 @@ class AttentionCapture:
         except IndexError:
             self._wrong_index = find.wrong_index(self._indices, len(found), log)
             return
-        for name, _, operation in chosen:
+        for index, (name, _, operation) in zip(self._indices, chosen, strict=True):
+            if missed := find.missed(log, self._unseen, index, operation):
+                self._wrong_index = (
+                    f"layers={index} would take {name or 'the model itself'}, but {missed} attended without a softmax "
+                    "that was seen, and would be passed over. Name the layer that you mean, layers='...'. "
+                    f"{find.nothing_seen(self.model)}"
+                )
+                return
             crossed = dict.fromkeys(n for n, o in log if find.crosses(o) and o.lengths[0] == operation.lengths[0])
             if crossed:
                 warnings.warn(

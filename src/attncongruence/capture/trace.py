@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from attncongruence import _compat
 from attncongruence.capture import product
 from attncongruence.capture.axes import Node, Trail
-from attncongruence.capture.folds import Plan, attention_of, planned
+from attncongruence.capture.folds import UNSEEN, Fold, Plan, Unseen, attention_of, planned, unplanned
 from attncongruence.capture.origins import Sizes
 from attncongruence.capture.product import Log, Operation, tensors_in
 from attncongruence.capture.versions import kept
@@ -48,6 +48,7 @@ class AttentionMode(TorchFunctionMode):
         self.error_before = sys.exc_info()[1]
         self.entries: Log = []
         self.plan: Plan = []  # for compiled passes; made when this one has finished
+        self.unseen: Unseen = []  # likewise
         self._whole, self._sizes, self._trail = whole, sizes, Trail({} if table is None else table)
         # By id: the tensor, its version, and the operation behind it. Weak, so that the model's intermediate scores
         # are freed as early as they are without us.
@@ -74,7 +75,7 @@ class AttentionMode(TorchFunctionMode):
         while self.path:
             self.path.pop()[1]()
         remove_mode(self)
-        log, self.plan = attention_of(self.entries, self._sizes, whole=self._whole)
+        log, self.plan, self.unseen = attention_of(self.entries, self._sizes, whole=self._whole)
         return log
 
     def __torch_function__(self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -140,6 +141,14 @@ class AttentionMode(TorchFunctionMode):
         factors = tensors_in(args)[-2:]
         if any((known := self._known(t)) is not None and not known.from_product for t in factors):
             return None  # probabilities times values
+        for scores in factors:
+            known = self._known(scores)
+            node = None if known is None else known.product
+            # Of learned queries or keys, the product is a projection.
+            if self._whole and known is not None and node and not any(parent.constant for parent in node.parents):
+                where = self._trail.node(scores)
+                unseen = dataclasses.replace(known.logits_alone(scores.detach(), UNSEEN), where=where)
+                self.log(unseen)
         return product.read_product(name, args, kwargs)
 
     def _derived(
@@ -168,6 +177,9 @@ class AttentionMode(TorchFunctionMode):
         return scores, dataclasses.replace(after, stages=(*after.all_stages[:before], *added))
 
 
+_FOLDS = (Tensor.reshape, Tensor.view, Tensor.flatten, torch.reshape, torch.flatten, torch.unflatten)
+
+
 class CompiledMode(TorchFunctionMode):
     """The mode that `torch.compile` traces. It lives as long as the watch, and keeps what it sees in one slot.
 
@@ -178,6 +190,7 @@ class CompiledMode(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.slot: tuple[tuple[Any, ...], ...] = ()
+        self.shapes: tuple[tuple[torch.Size, torch.Size], ...] = ()  # before and after each reshape
         self.plan: Plan | None = None  # of a pass that was followed
 
     def __torch_function__(self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -189,18 +202,27 @@ class CompiledMode(TorchFunctionMode):
             self.slot = (*self.slot, (func is F.scaled_dot_product_attention, args, kwargs))
         if func is Tensor.unflatten:  # its super() is more than torch.compile could trace under a mode in torch 2.11
             func = torch.unflatten
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func in _FOLDS and args:
+            self.shapes = (*self.shapes, (args[0].shape, result.shape))
+        return result
 
-    def take(self) -> list[Operation]:
-        """Empties the slot; called outside of compiled code."""
+    def take(self, sizes: Sizes) -> list[Operation]:
+        """Empties the slot; called outside of compiled code. `sizes` are those of the model's inputs."""
         taken, self.slot = self.slot, ()
+        shapes, self.shapes = self.shapes, ()
         calls = []
         for is_sdpa, args, kwargs in taken:
             if is_sdpa:
                 calls.append((True, product.read_sdpa(*args, **kwargs)))
             elif (logits := product.softmax_logits(*args, **kwargs)) is not None:
                 calls.append((False, Operation(logits=logits)))
-        return planned(calls, self.plan)
+        if self.plan is None and calls:
+            plan = unplanned(calls, shapes, sizes)
+            self.plan = plan if all(isinstance(fold, Fold) for _, _, fold in plan) else None
+        else:
+            plan = self.plan or []
+        return planned(calls, plan)
 
 
 def push_mode(mode: TorchFunctionMode) -> None:

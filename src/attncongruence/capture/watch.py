@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attncongruence import _compat, _compat_distributed, _compat_stack
 from attncongruence.capture.axes import Node
-from attncongruence.capture.folds import Plan
+from attncongruence.capture.folds import Plan, Unseen
 from attncongruence.capture.kernels import do_nothing, show_kernel
 from attncongruence.capture.origins import Sizes
 from attncongruence.capture.product import Log
@@ -46,6 +46,7 @@ class Watch:
         self.closed = False
         self._thread, self.compiled = _ThisThread(), CompiledMode()
         self.plan = self.compiled.plan = plan  # of the last pass that was followed
+        self.unseen: Unseen = []  # likewise
         self.sizes: Sizes = None  # of the model's inputs
         self._table: dict[Any, Node] = {}
         self._whole, self._candidates = candidates is not None, modules if candidates is None else set(candidates)
@@ -74,7 +75,7 @@ class Watch:
         self.closed = True
         unhook(self.handles)
         self.stop()
-        self.compiled.take()
+        self.compiled.slot = ()
 
     def _traces(self) -> bool:
         # torch.compile guards on `closed`: after close() the model is compiled again, without us.
@@ -109,7 +110,7 @@ class Watch:
             return
         if torch.compiler.is_compiling():
             if self._traces():
-                self.compiled.slot = ()
+                self.compiled.slot = self.compiled.shapes = ()
                 push_mode(self.compiled)
             return
         if _compat.is_replica(module):  # made for one step: it has the model's hooks and nothing else
@@ -154,6 +155,7 @@ class Watch:
                 log = self.stop()
                 if not failed:
                     self.plan = self.compiled.plan = mode.plan
+                    self.unseen = mode.unseen
                     self.on_end(name, log)
 
 
