@@ -47,13 +47,14 @@ class Node:
             axes went, as axes of this tensor, or `CONTRACTED`.
         root: the leaf it descends from first of all.
         constant: made of parameters alone.
+        gathered: parts of several processes, one after the other: its first axis is more than samples.
     """
 
     def __init__(
         self, number: int, kind: str, shape: torch.Size, parents: tuple["Node", ...], how: Any, root: "Node | None"
     ) -> None:
         self.number, self.kind, self.shape, self.parents, self.how = number, kind, shape, parents, how
-        self.root, self.constant = root or self, False
+        self.root, self.constant, self.gathered = root or self, False, False
         self.found: dict[Any, Any] = {}  # what was found out about it
 
     @cached_property
@@ -252,7 +253,9 @@ class Trail:
             axes = tuple(CONTRACTED if n == 1 else axis + skip for axis, n in enumerate(best.shape))
             return self._intern("mix", shape, (best,), (axes,), (name, axes), root)
         key = (name, index, self._count() if name in _SHUFFLES else None)
-        return self._intern("leaf", shape, tuple(parents), None, key, root)
+        node = self._intern("leaf", shape, tuple(parents), None, key, root)
+        node.gathered = "all_gather" in f"{name} {func}"
+        return node
 
     def _count(self) -> int:
         self._sources += 1

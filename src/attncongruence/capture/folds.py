@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from attncongruence.capture.axes import Node, unravel
-from attncongruence.capture.origins import CHANNELS, Codes, Sizes, codes_of, over_features, softmax_codes, together
+from attncongruence.capture.origins import (
+    CHANNELS,
+    GATHERED,
+    Codes,
+    Sizes,
+    codes_of,
+    over_features,
+    softmax_codes,
+    together,
+)
 from attncongruence.capture.product import Log, Operation
 
 UNKNOWN = (
@@ -312,6 +321,8 @@ def canonical(operation: Operation, sizes: Sizes) -> Operation:
     if operation.where is None:  # a kernel of transformers, which has them so
         return operation.four_d()
     main = fold_of(operation.where, operation.product, sizes)
+    if main == GATHERED and operation.logits is None and operation.main.ndim == 4:
+        return operation.four_d()  # as the kernel's own documents have them
     if isinstance(main, str):
         return dataclasses.replace(operation, problem=main, cross=operation.cross or main == CHANNELS)
     logits = operation.logits if operation.logits is None else main.apply(operation.logits)

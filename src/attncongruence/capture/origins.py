@@ -21,6 +21,10 @@ Sizes = tuple[frozenset[int], frozenset[int]] | None
 CHANNELS = (
     "attends over channels, not tokens (its queries and keys are features), so its scores are no token-to-token scores."
 )
+GATHERED = (
+    "has queries and keys gathered from several processes, so that samples and heads cannot be told apart: let it "
+    "attend by scaled_dot_product_attention, (batch, heads, length, width)."
+)
 _MADE, _AXES = 4, 8  # columns for coordinates along what one weight made, and along the axes of one tensor
 
 
@@ -178,6 +182,7 @@ def product_codes(product: Node, sizes: Sizes) -> Codes:
         ]
         certain, likely = ([side[3] == degree for side in sides] for degree in (2, 1))
         problem = CHANNELS if any(certain) or all(likely) else ""
+        problem = GATHERED if 3 in (sides[0][3], sides[1][3]) else problem
         product.found[key] = Codes(*((sides[0][part], sides[1][part]) for part in (0, 1, 2)), problem)
     found: Codes = product.found[key]
     return found
@@ -206,7 +211,9 @@ def over_features(scores: Node) -> bool:
 def _side(
     shape: torch.Size, factor: Node, axes: Sequence[int], side: int, weight: bool, sizes: Sizes
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """What one factor of a product knows: samples, heads, copies; 2 if its rows are features, 1 if that may be."""
+    """What one factor of a product knows: samples, heads, copies; 3 if parts of several processes are in it, 2 if its
+    rows are features, 1 if that may be.
+    """
     lead = shape[:-2]
     count, row = lead.numel(), len(lead) + side
     width = next(size for size, axis in zip(factor.shape, axes, strict=True) if axis == CONTRACTED)
@@ -251,6 +258,8 @@ def _side(
     projected = bool(starts)
     finals += walk(starts, copies)
 
+    if any(node.gathered for node, *_ in finals):
+        features_in_rows = 3
     heads = torch.zeros(n, _AXES, dtype=torch.int64)
     split = bool(_vary(torch.cat([makers, made], 1)[:count]))
     for node, which, at in finals:

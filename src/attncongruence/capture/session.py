@@ -323,7 +323,8 @@ class AttentionCapture:
                 "compiled and had run before capture began, and compiled code never calls hooks added later: call "
                 "capture_attention before the first compiled run, or torch.compiler.reset() after it."
             )
-        return self._wrong_index or find.nothing_seen(self.model)
+        mark = sharded.splits_heads(self.model)
+        return (self._wrong_index or find.nothing_seen(self.model)) + (mark and f" The model is under {mark}.")
 
 
 class _Pass:

@@ -46,6 +46,11 @@ def cuts_sequences() -> str:
     return "" if alone() else _compat.cuts_sequences()
 
 
+def splits_heads(model: nn.Module) -> str:
+    """Which library has split a model over processes and left a mark; "" where none has."""
+    return "" if alone() else _compat.splits_heads(model)
+
+
 def whole(record: CapturedAttention, model: nn.Module) -> CapturedAttention:
     """The record with the heads of all processes; itself where this process has them all. All processes must call it.
 
