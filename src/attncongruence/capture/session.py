@@ -288,6 +288,14 @@ class AttentionCapture:
                     "warning is gone.",
                     stacklevel=2,
                 )
+            if cached := find.cached_after(operation, log):
+                warnings.warn(
+                    f"{name or 'the model itself'} was chosen by its number, and what ran after it has fewer queries "
+                    f"than keys, as with a key/value cache or a prefix: {find.operations(cached)}. If one of these is "
+                    "meant, train without (use_cache=False); if not, name the layer, layers='...', and this warning "
+                    "is gone.",
+                    stacklevel=2,
+                )
         self._records += [(self._thread.passes, CapturedAttention(name, operation)) for name, _, operation in chosen]
         if self._finder is None:  # another thread was first
             return
