@@ -132,10 +132,27 @@ def missed(log: Log, unseen: Unseen, index: int, operation: Operation) -> str:
     return (doubtful[-1] or "the model itself") if doubtful else ""
 
 
-def cached_after(operation: Operation, log: Log) -> Log:
-    """What ran after a chosen operation on other sequences, with fewer queries than keys: it may be the one meant."""
-    last = max(place for place, (_, other) in enumerate(log) if other is operation)
-    return [(n, o) for n, o in log[last:] if o.lengths[0] < o.lengths[1] and operation.lengths[0] not in o.lengths]
+def doubts(name: str, operation: Operation, log: Log) -> list[str]:
+    """Why an operation that was chosen by its number may not be the one that holds text and image."""
+    found = []
+    crossed = dict.fromkeys(n for n, o in log if crosses(o) and o.lengths[0] == operation.lengths[0])
+    if crossed:
+        found.append(
+            f"{name} was chosen by its number, and cross-attention ran on a sequence of the same length "
+            f"({', '.join([*crossed][-3:])}): it may hold text alone or image alone, and a loss on it would mean "
+            "nothing. Where text and image are two streams, name their four layers and use "
+            "AttentionBlocks.from_streams. Where the layer holds both, name it, layers='...', and this warning is gone."
+        )
+    place = max(place for place, (_, other) in enumerate(log) if other is operation)
+    own = operation.lengths[0]
+    cached = [(n, o) for n, o in log[place:] if o.lengths[0] < o.lengths[1] and own not in o.lengths]
+    if cached:
+        found.append(
+            f"{name} was chosen by its number, and what ran after it has fewer queries than keys, as with a key/value "
+            f"cache or a prefix: {operations(cached)}. If one of these is meant, train without (use_cache=False); if "
+            "not, name the layer, layers='...', and this warning is gone."
+        )
+    return found
 
 
 def operations(log: Log) -> str:
