@@ -38,6 +38,36 @@ def test_projections_give_an_attention_away_whatever_its_class_is_called():
     assert find_attention(model) == {"0": "Mixer", "1": "Mixer"}
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("linear_v", "linear_k", "linear_q", "linear_merge"),  # ROSITA, MCAN
+        ("to_q", "to_kv", "to_out"),
+        ("Wq", "Wk", "Wv", "Wo"),
+        ("Wqkv", "Wo"),
+        ("w_qs", "w_ks", "w_vs", "fc"),
+        ("proj_query", "proj_key", "proj_value"),
+        ("QueryLayer", "KeyLayer", "ValueLayer"),
+        ("lin_q_0", "lin_k_0", "lin_v_0"),
+    ],
+    ids=str,
+)
+def test_projections_may_be_called_anything_that_differs_in_q_k_and_v(names):
+    class MHAtt(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in names:
+                self.add_module(name, nn.Linear(2, 2))
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mhatt, self.quant_conv, self.post_quant_conv = MHAtt(), nn.Linear(2, 2), nn.Linear(2, 2)
+            self.question_linear, self.knowledge_linear, self.ln_q, self.ln_v = (nn.Linear(2, 2) for _ in range(4))
+
+    assert find_attention(nn.Sequential(Layer(), Layer())) == {"0.mhatt": "MHAtt", "1.mhatt": "MHAtt"}
+
+
 def test_layers_by_index_name_wildcard_and_module():
     model = Stack(3)
     chosen = {
@@ -282,3 +312,37 @@ def test_fewer_queries_than_keys_are_a_cache_or_a_prefix():
         model(x, past)
         with pytest.raises(ValueError, match=r"5 queries and 8 keys.*past_key_values.*use_cache=False"):
             cacr_loss(capture.pop(), 3)
+
+
+class Prefixed(Attention):
+    """Keys of a prefix or cache before its own."""
+
+    def __init__(self, prefix: int) -> None:
+        super().__init__()
+        self.past = nn.Parameter(torch.randn(1, 2, prefix, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        k, v = (torch.cat([self.past.expand(len(x), -1, -1, -1), t], 2) for t in (k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def test_a_vision_tower_is_not_chosen_silently_where_the_decoder_has_a_prefix():
+    class Captioner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vision, self.decoder = Attention(), Prefixed(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.decoder(torch.cat([self.vision(x), x[:, :2]], 1))
+
+    model = Captioner()
+    with (
+        capture_attention(model),
+        pytest.warns(UserWarning, match=r"vision was chosen.*a prefix: decoder \(7 x 10\).*name the layer"),
+    ):
+        model(X)
+    with capture_attention(model, "vision") as capture, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(X)
+        capture.pop()

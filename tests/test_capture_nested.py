@@ -134,7 +134,7 @@ def test_a_regularized_model_that_ranks_trains_as_if_it_did_not(rank):
 
 
 @pytest.mark.parametrize(
-    ("rank", "layers"), [("self before", -1), ("part after", 0), ("part both", "encoder.layers.1")]
+    ("rank", "layers"), [("self before", -1), ("part after", 0), ("part both", "encoder.layers.1"), ("layer both", "")]
 )
 def test_likewise_in_compiled_code(rank, layers):
     torch._dynamo.reset()

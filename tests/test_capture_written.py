@@ -1,6 +1,8 @@
-"""What a model does to scores and masks beside adding them: factors, later scales, NaN."""
+"""What a model does to scores and masks: factors of masks, scales after them, NaN, writes after the softmax."""
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -224,9 +226,9 @@ def test_a_nan_at_any_allowed_entry_that_a_loss_reads_is_a_nan_loss(name, conven
         allowed = allowed & REAL[:, None, None] & REAL[:, None, :, None]
     if kind == "pairs":
         allowed = allowed & (torch.rand(B, 1, N, N, generator=random) < 0.8)
-    # On raw scores, an entry of LL is compared only where its picked pair of image tokens may attend.
-    skipped = name == "singular" and kind == "pairs" and CONVENTIONS[convention].blocks == "scores"
-    places = counted(allowed, READS[name][1 if skipped else 0 :])
+    # On raw scores and under pairs, an entry of LL is compared only where R has one.
+    raw = kind == "pairs" and convention != "RELEASED"
+    places = counted(allowed, READS[name][raw:])
     for i in torch.randperm(len(places), generator=random)[:25].tolist():
         scores = S.clone()
         scores[places[i]] = torch.nan
@@ -257,3 +259,186 @@ def test_a_nan_in_queries_or_keys_is_a_nan_loss_in_both_forms(name, convention, 
                     name, record, TEXT, mask=mask, convention=CONVENTIONS[convention], direction="both", impl=impl
                 )
                 assert value.isnan(), (position, impl)
+
+
+# Writes after the softmax
+
+
+def overwritten(write: object) -> object:
+    """A way whose scores the model writes to after its softmax."""
+
+    def way(q: Tensor, k: Tensor, opaque: bool) -> Tensor:
+        scores = q @ k.mT / 4
+        scores = 3 * torch.tanh(scores) if opaque else scores
+        probs = scores.softmax(-1)
+        write(scores, probs)
+        return probs
+
+    return way
+
+
+WRITES = {
+    "times": lambda scores, probs: scores.mul_(0.5),
+    "copy": lambda scores, probs: scores.copy_(probs),
+    "index": lambda scores, probs: scores.__setitem__((..., 0), 0.0),
+    "a view": lambda scores, probs: scores.view(-1).fill_(0.0),
+    "detached": lambda scores, probs: scores.detach().zero_(),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_scores_that_are_written_to_after_the_softmax_are_made_again_or_refused(name):
+    way = overwritten(WRITES[name])
+    record, model = capture(lambda q, k: way(q, k, False))
+    expected = model.q @ model.k.mT / 4
+    torch.testing.assert_close(record.scores, expected)
+    grads = [torch.autograd.grad(s.square().sum(), model.q)[0] for s in (record.scores, expected)]
+    torch.testing.assert_close(*grads)
+    torch.testing.assert_close(record[[1]].probs, expected[[1]].softmax(-1))
+
+    record, _ = capture(lambda q, k: way(q, k, True))
+    for read in (
+        lambda: record.scores,
+        lambda: record.allowed,
+        lambda: record.probs,
+        lambda: record[0],
+        lambda: cacr_loss(record, TEXT),
+    ):
+        with pytest.raises(RuntimeError, match=r"has written to the scores of this record.*clone\(\)"):
+            read()
+    assert record.lengths == (N, N)
+
+
+def test_scores_that_were_read_before_the_write_stay_right():
+    kept = []
+
+    def way(q: Tensor, k: Tensor) -> Tensor:
+        kept.append(3 * torch.tanh(q @ k.mT))
+        return kept[0].softmax(-1)
+
+    record, _ = capture(way)
+    before = record.scores.clone()
+    kept[0].detach().zero_()
+    assert torch.equal(record.scores, before)
+    torch.testing.assert_close(record.probs, before.softmax(-1))
+
+
+@pytest.mark.parametrize("which", ["queries", "keys", "masks"])
+def test_queries_keys_and_masks_that_are_written_to_since_are_refused(which):
+    kept = {}
+
+    def way(q: Tensor, k: Tensor) -> Tensor:
+        kept.update(queries=q, keys=k, masks=-1e4 * PAD)
+        return F.scaled_dot_product_attention(q, k, k, kept["masks"])
+
+    record, _ = capture(way)
+    written = kept[which].detach()
+    record.key  # noqa: B018
+    written[0] += 1
+    for read in (lambda: record.query, lambda: record.key, lambda: record[:1], lambda: cacr_loss(record, TEXT)):
+        with pytest.raises(RuntimeError, match=rf"has written to the {which} of this record"):
+            read()
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("opaque", [False, True])
+@pytest.mark.parametrize("name", [*WRITES, "out"])
+def test_for_analysis_scores_are_copied_before_they_are_written_to(name, opaque, context):
+    def way(q: Tensor, k: Tensor) -> Tensor:
+        if name == "out":
+            scores = q @ k.mT / 4
+            scores = 3 * torch.tanh(scores) if opaque else scores
+            return torch.softmax(scores, -1, out=scores)
+        return overwritten(WRITES[name])(q, k, opaque)
+
+    model = Ways(way)
+    with capture_attention(model, model, analysis=True) as captured, context():
+        model()
+        record = captured.pop()
+    scores = (model.q @ model.k.mT / 4).detach()
+    torch.testing.assert_close(record.scores, 3 * torch.tanh(scores) if opaque else scores)
+
+
+def test_for_analysis_a_cache_of_keys_may_be_written_to_between_the_steps():
+    cache = torch.zeros(1, 2, 5, 4)
+
+    class Steps(nn.Module):
+        def forward(self, x: Tensor, step: int) -> Tensor:
+            cache[:, :, step] = x[:, :, 0]
+            mask = torch.arange(5).expand(1, 1, 1, 5) <= step
+            return F.scaled_dot_product_attention(x, cache, cache, mask)
+
+    model = Steps()
+    for context in (torch.no_grad, torch.inference_mode):
+        cache = torch.zeros(1, 2, 5, 4)
+        xs = torch.randn(5, 1, 2, 1, 4)
+        with capture_attention(model, "", analysis=True) as captured, context():
+            for step in range(5):
+                model(xs[step], step)
+            for step, record in enumerate(captured.pop_all()):
+                seen = xs[: step + 1, 0, :, 0].transpose(0, 1)
+                torch.testing.assert_close(record.scores[0, ..., : step + 1], xs[step, 0] @ seen.mT / 2)
+
+
+def test_copies_of_a_record_are_as_good():
+    for way in (in_place, PADDED["capped, masked, divided"]):
+        model = Ways(way)
+        with capture_attention(model, model, analysis=True) as captured, torch.no_grad():
+            model()
+            record = captured.pop()
+        for twin in (copy.deepcopy(record), pickle.loads(pickle.dumps(record)), record[:], record[list(range(B))]):
+            assert torch.equal(twin.scores, record.scores)
+            assert torch.equal(twin.allowed.expand(B, H, N, N), record.allowed.expand(B, H, N, N))
+            assert torch.equal(cacr_loss(twin, TEXT), cacr_loss(record, TEXT))
+
+
+# Samples
+
+
+@pytest.mark.parametrize("way", [PADDED["beta"], PADDED["capped, masked, divided"], PADDED["in place"]])
+def test_any_integer_is_one_sample(way):
+    record, _ = capture(way)
+    for one in (
+        1,
+        np.int64(1),
+        np.uint8(1),
+        torch.tensor(1),
+        torch.tensor([1]),
+        np.array(1),
+        np.array([1]),
+        [np.int64(1)],
+    ):
+        picked = record[one]
+        assert picked.shape == (1, H, N, N)
+        assert torch.equal(picked.scores, record[1].scores)
+        assert torch.equal(picked.allowed.expand(1, H, N, N), record.allowed.expand(B, H, N, N)[1:2])
+    for mask in (
+        np.array([True, False, True]),
+        torch.tensor([True, False, True]),
+        [True, False, True],
+        [0, 2],
+        slice(0, 3, 2),
+    ):
+        assert torch.equal(record[mask].scores, record.scores[[0, 2]])
+    assert torch.equal(record[...].scores, record.scores)
+    assert record[[]].shape == (0, H, N, N)
+    assert torch.equal(record[-1].scores, record.scores[2:])
+    assert len([sample.shape for sample in record]) == B
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [True, np.True_, torch.tensor(True), None, {}, 1.0, torch.tensor(1.0), (0, 1), torch.zeros(2, 2).long(), "ids"],
+    ids=repr,
+)
+def test_what_is_no_choice_of_samples_is_refused(wrong):
+    record, _ = capture(PADDED["alpha"])
+    with pytest.raises(TypeError, match="a record is indexed by samples, not by"):
+        record[wrong]
+
+
+@pytest.mark.parametrize("outside", [3, -4, np.int64(7)])
+def test_a_sample_outside_of_the_batch_is_an_index_error(outside):
+    record, _ = capture(PADDED["alpha"])
+    with pytest.raises(IndexError, match=f"sample {outside} is not among the 3 of the batch"):
+        record[outside]

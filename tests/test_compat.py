@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from attncongruence import CACRLoss, _compat, regularize
+from attncongruence import CACRLoss, _compat, _compat_stack, regularize
 from attncongruence.capture import capture_attention
 from attncongruence.capture.find import named_modules
 from attncongruence.capture.trace import push_mode, remove_mode
@@ -93,6 +93,50 @@ def test_in_backward():
         checkpoint(forward, x, use_reentrant=reentrant).sum().backward()
     assert seen == [False, True] * 2
     assert not _compat.in_backward()
+
+
+def test_calls_around():
+    seen = []
+
+    class Calls(nn.Module):
+        def forward(self, x, inner=None):
+            return x if inner is None else inner(x)
+
+    outer, inner = Calls(), Calls()
+    for module in (outer, inner):
+        module.register_forward_pre_hook(lambda module, args: seen.append(_compat_stack.calls_around(module)))
+    outer(X, lambda x: inner(x, lambda x: outer(x)))
+    assert seen == [[], [outer], [inner, outer]]
+    assert _compat_stack.calls_around(outer) is None  # not called by a hook of it
+
+
+def test_without_the_calls_on_the_stack_a_pass_ends_where_the_next_begins(monkeypatch):
+    class Twice(Fused):
+        def forward(self, x, again=True):
+            return super().forward(x + super().forward(x)[:, 0]) if not again else self(x, again=False)
+
+    monkeypatch.setattr(_compat, "FORWARD", None)
+    assert [record(Fused(), layers).lengths for layers in (-1, "")] == [(3, 3)] * 2
+    model = Twice()
+    with capture_attention(model, "") as capture:
+        for _ in range(2):
+            model(X)
+            assert len(capture.pop_all()) == 2  # of the inner pass
+
+
+def test_in_function():
+    seen = []
+
+    def forward(x):
+        seen.append((torch.is_grad_enabled(), _compat_stack.in_function()))
+        return x.sin()
+
+    x = X.clone().requires_grad_()
+    for reentrant in (False, True):
+        checkpoint(forward, x, use_reentrant=reentrant)
+    with torch.no_grad():
+        forward(x)
+    assert seen == [(True, False), (False, True), (False, False)]
 
 
 def test_version():

@@ -284,3 +284,30 @@ def test_a_square_mask_in_regularize(positives):
     with regularize(model, CACRLoss(), 2, positives=positives, mask=lambda batch: mask.long()) as term:
         model(x)
         assert term.last.congruence > 0
+
+
+@pytest.mark.parametrize("loss", ["cacr", None, 3.0])
+def test_a_loss_that_cannot_be_called_is_refused_at_once(loss):
+    with pytest.raises(ValueError, match=r"^loss=.*: pass CACRLoss\(\), IAISLoss\(\) or a function"):
+        regularize(Tiny(), loss, 4)
+
+
+@pytest.mark.parametrize("convention", ["released", "printed", "weighted_mean"])
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_scale_that_learns_gets_its_gradient_in_both_forms(convention, shape, dtype):
+    q, k = (randn(2, 4, 9, 8, seed=seed).to(dtype).requires_grad_() for seed in (1, 2))
+    scale = torch.full(shape, 0.3, dtype=torch.float64 if dtype == torch.float64 else torch.float32, requires_grad=True)
+    scores = scale * (q.to(scale.dtype) @ k.to(scale.dtype).mT)
+    expected = torch.autograd.grad(cacr_loss(scores, 4, convention=convention), (scale, q, k))
+    assert expected[0].abs() > 0
+    for impl in ("dense", "streaming", "auto"):
+        source = QueryKey(q, k, scale)
+        assert_close(source.scores, scores, 1e-12 if dtype == torch.float64 else 1e-5)
+        found = torch.autograd.grad(cacr_loss(source, 4, convention=convention, impl=impl), (scale, q, k))
+        for ours, theirs in zip(found, expected, strict=True):
+            assert_close(ours, theirs, 1e-9 if dtype == torch.float64 else 2e-2)
+    grouped = QueryKey(q, k[:, :2], scale)
+    assert_close(
+        grouped.scores, scale * (q.to(scale.dtype) @ k[:, :2].to(scale.dtype).repeat_interleave(2, 1).mT), 1e-5
+    )

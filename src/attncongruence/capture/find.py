@@ -36,24 +36,28 @@ def find_attention(model: nn.Module) -> dict[str, str]:
     }
 
 
-_WORDS = {"q": "query", "k": "key", "v": "value"}
-
-
 def _looks_like_attention(module: nn.Module) -> bool:
     if not _learns(module):
         return False
-    children = [name for name, _ in module.named_children()]
-    if "qkv" in children or all(any(_projects(name, letter) for name in children) for letter in "qkv"):
+    children = {name.lower() for name, _ in module.named_children()}
+    if all(any(name.startswith(letter) for name in children) for letter in "qkv") or _has_projections(children):
         return True
     words = type(module).__name__.lower()
     # Parts of an attention attend to nothing.
     return ("attention" in words or "attn" in words) and not words.endswith(("output", "norm", "pooling", "mlp"))
 
 
-def _projects(name: str, letter: str) -> bool:
-    """Whether a child may make the queries, keys or values (`letter`): q_proj, linear_q, to_query, Wq."""
-    words = re.findall(r"[a-z]+", name.lower())
-    return name.startswith(letter) or any(word in (letter, f"w{letter}", _WORDS[letter]) for word in words)
+def _has_projections(children: set[str]) -> bool:
+    """Whether children have the same name but for q, k and v (`linear_q`, `Wk`, `to_kv`), or one has all three."""
+    for name in children:
+        if "qkv" in name:
+            return True
+        for place in re.finditer("query|q", name):
+            before, after = name[: place.start()], name[place.end() :]
+            for others in (("key", "value") if place[0] == "query" else ("k", "v"), ("kv",)):
+                if children >= {before + other + after for other in others}:
+                    return True
+    return False
 
 
 def _learns(module: nn.Module) -> bool:
@@ -126,6 +130,29 @@ def missed(log: Log, unseen: Unseen, index: int, operation: Operation) -> str:
         if lengths[0] == lengths[1] and (before > place if index < 0 else before <= place)
     ]
     return (doubtful[-1] or "the model itself") if doubtful else ""
+
+
+def doubts(name: str, operation: Operation, log: Log) -> list[str]:
+    """Why an operation that was chosen by its number may not be the one that holds text and image."""
+    found = []
+    crossed = dict.fromkeys(n for n, o in log if crosses(o) and o.lengths[0] == operation.lengths[0])
+    if crossed:
+        found.append(
+            f"{name} was chosen by its number, and cross-attention ran on a sequence of the same length "
+            f"({', '.join([*crossed][-3:])}): it may hold text alone or image alone, and a loss on it would mean "
+            "nothing. Where text and image are two streams, name their four layers and use "
+            "AttentionBlocks.from_streams. Where the layer holds both, name it, layers='...', and this warning is gone."
+        )
+    place = max(place for place, (_, other) in enumerate(log) if other is operation)
+    own = operation.lengths[0]
+    cached = [(n, o) for n, o in log[place:] if o.lengths[0] < o.lengths[1] and own not in o.lengths]
+    if cached:
+        found.append(
+            f"{name} was chosen by its number, and what ran after it has fewer queries than keys, as with a key/value "
+            f"cache or a prefix: {operations(cached)}. If one of these is meant, train without (use_cache=False); if "
+            "not, name the layer, layers='...', and this warning is gone."
+        )
+    return found
 
 
 def operations(log: Log) -> str:

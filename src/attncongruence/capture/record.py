@@ -2,6 +2,7 @@
 
 import dataclasses
 import numbers
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -49,6 +50,8 @@ class CapturedAttention(ScoreSource):
     def __init__(self, layer: str, operation: Operation) -> None:
         self.layer = layer
         operation = operation.four_d()
+        # How its tensors were made is told by their axes now. It would keep the pass alive, and no copy could be made.
+        operation = dataclasses.replace(operation, product=None, where=None, stages=())
         self._operation = operation = operation if operation.versions else noted(operation)
         self.lengths, self.problem = operation.lengths, operation.problem
         self.batch_size, self.heads = operation.main.shape[:2]
@@ -184,23 +187,21 @@ class CapturedAttention(ScoreSource):
 
 def _as_index(samples: Any, batch_size: int) -> Any:
     """An index over the batch that keeps its dimension."""
-    number = isinstance(samples, numbers.Integral) and not isinstance(samples, bool)
-    if number and not -batch_size <= int(samples) < batch_size:
-        raise IndexError(f"sample {samples} is not among the {batch_size} of the batch")
-    if number:
+    if isinstance(samples, numbers.Integral) and not isinstance(samples, bool):
+        if not -batch_size <= int(samples) < batch_size:
+            raise IndexError(f"sample {samples} is not among the {batch_size} of the batch")
         return [int(samples)]
-    if isinstance(samples, slice):
+    if isinstance(samples, slice) or samples is Ellipsis:
         return samples
-    remedy = "n_text is called as (batch, captured)"
-    if not isinstance(samples, str):
-        remedy = "it takes an int, a slice, a list or 1-D tensor of integers, or a bool mask over the batch"
-        if not isinstance(samples, bool | tuple | None):
-            index = torch.as_tensor(samples)
-            index = index if index.numel() else index.long()
-            mask = index.dtype == torch.bool
-            integers = not (mask or index.is_floating_point() or index.dtype == torch.uint8)
-            if integers or (mask and index.ndim):
-                index = index.reshape(1) if not index.ndim else index
-                if index.ndim == 1:
-                    return index
+    several = isinstance(samples, Sequence) and not isinstance(samples, str | bytes | tuple)
+    if several or hasattr(samples, "__array__"):  # tensors have it, too
+        index = torch.as_tensor(samples)
+        index = index if index.numel() else index.long()
+        integers = not (index.is_floating_point() or index.is_complex() or index.dtype in (torch.bool, torch.uint8))
+        if integers and not index.ndim:
+            return index.reshape(1)
+        if index.ndim == 1 and (integers or index.dtype == torch.bool):
+            return index
+    what = "it takes an int, a slice, a list or 1-D tensor of integers, or a bool mask over the batch"
+    remedy = "n_text is called as (batch, captured)" if isinstance(samples, str) else what
     raise TypeError(f"a record is indexed by samples, not by {samples!r}: {remedy}")

@@ -278,16 +278,8 @@ class AttentionCapture:
                     f"{find.nothing_seen(self.model)}"
                 )
                 return
-            crossed = dict.fromkeys(n for n, o in log if find.crosses(o) and o.lengths[0] == operation.lengths[0])
-            if crossed:
-                warnings.warn(
-                    f"{name or 'the model itself'} was chosen by its number, and cross-attention ran on a sequence of "
-                    f"the same length ({', '.join([*crossed][-3:])}): it may hold text alone or image alone, and a "
-                    "loss on it would mean nothing. Where text and image are two streams, name their four layers and "
-                    "use AttentionBlocks.from_streams. Where the layer holds both, name it, layers='...', and this "
-                    "warning is gone.",
-                    stacklevel=2,
-                )
+            for text in find.doubts(name or "the model itself", operation, log):
+                warnings.warn(text, stacklevel=2)
         self._records += [(self._thread.passes, CapturedAttention(name, operation)) for name, _, operation in chosen]
         if self._finder is None:  # another thread was first
             return

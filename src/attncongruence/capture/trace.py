@@ -187,8 +187,9 @@ class CompiledMode(TorchFunctionMode):
     `scaled_dot_product_attention` here, because a trail of weak references cannot be traced.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, analysis: bool = False) -> None:
         super().__init__()
+        self._analysis = analysis
         self.slot: tuple[tuple[Any, ...], ...] = ()
         self.shapes: tuple[tuple[torch.Size, torch.Size], ...] = ()  # before and after each reshape
         self.plan: Plan | None = None  # of a pass that was followed
@@ -198,7 +199,8 @@ class CompiledMode(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return _compat.mha_body(*args, **kwargs)
-        if func in (F.scaled_dot_product_attention, F.softmax, torch.softmax, Tensor.softmax):
+        records = self._analysis or torch.is_grad_enabled()
+        if records and func in (F.scaled_dot_product_attention, F.softmax, torch.softmax, Tensor.softmax):
             self.slot = (*self.slot, (func is F.scaled_dot_product_attention, args, kwargs))
         if func is Tensor.unflatten:  # its super() is more than torch.compile could trace under a mode in torch 2.11
             func = torch.unflatten

@@ -44,7 +44,7 @@ class Watch:
         self.modules, self.analysis, self.on_end = modules, analysis, on_end
         self.ran: set[bool] = set()  # since the last pop: whether passes through it were to be recorded
         self.closed = False
-        self._thread, self.compiled = _ThisThread(), CompiledMode()
+        self._thread, self.compiled = _ThisThread(), CompiledMode(analysis=analysis)
         self.plan = self.compiled.plan = plan  # of the last pass that was followed
         self.unseen: Unseen = []  # likewise
         self.sizes: Sizes = None  # of the model's inputs
