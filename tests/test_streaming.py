@@ -476,3 +476,35 @@ def test_rejects_queries_and_keys_that_do_not_fit(query, key, error, message):
 def test_distributed_alignment_of_scores_is_refused():
     with pytest.raises(ValueError, match="the loss 'distributed' is not defined on raw scores"):
         iais_loss(QueryKey(Q, K), 4, alignment="distributed", convention=PRINTED, impl="streaming")
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-5, 1e-6, 1e-8])
+def test_low_temperatures_are_as_exact_as_dense(temperature):
+    convention = replace(WEIGHTED_MEAN, temperature=temperature)
+    assert_as_exact_as_dense(convention, batch=2, n_text=20, n_image=60, spread=1.0, seed=1)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.floats(-9, 1), st.floats(-1, 3), st.integers(1, 3), st.integers(2, 9), st.integers(2, 30), st.integers(0, 99)
+)  # fmt: skip
+def test_any_temperature_and_spread_of_scores_is_as_exact_as_dense(temperature, spread, batch, n_text, n_image, seed):
+    convention = replace(WEIGHTED_MEAN, temperature=10**temperature)
+    assert_as_exact_as_dense(convention, batch, n_text, n_image, 10**spread, seed)
+
+
+def assert_as_exact_as_dense(convention, batch, n_text, n_image, spread, seed):
+    """In float32, the streaming form is as near to the dense form in float64 as the dense form in float32."""
+    shape = batch, 4, n_text + n_image, 16
+    given = [spread**0.5 * randn(*shape, seed=seed + i, dtype=torch.float32) for i in range(2)]
+    lengths = torch.randint(1, n_text + 1, (batch,), generator=torch.Generator().manual_seed(seed))
+    layout = TokenLayout.from_n_text(lengths, n_text + n_image)
+
+    def value_and_gradients(dtype, impl):
+        q, k = (x.to(dtype).requires_grad_() for x in given)
+        loss = cacr_loss(QueryKey(q, k, 0.25), layout, convention=convention, impl=impl)
+        return torch.cat([loss.detach().view(1), *(x.flatten() for x in torch.autograd.grad(loss, (q, k)))]).double()
+
+    exact = value_and_gradients(torch.float64, "dense")
+    dense, streaming = (value_and_gradients(torch.float32, impl) - exact for impl in ("dense", "streaming"))
+    assert streaming.norm() <= 3 * dense.norm() + 1e-5 * exact.norm()

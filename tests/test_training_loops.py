@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from attncongruence import CACRLoss, Regularizer, cacr_loss, exponential_warmup, regularize
 from attncongruence.integrations import huggingface, lightning
@@ -121,6 +122,122 @@ def test_trainer(expected, accumulate, micro, options, tmp_path):
     assert furthest(weights(model), final) < CLOSE
     assert regularizer.step == STEPS
     assert regularizer.micro_batches is None  # a later loop may accumulate otherwise
+
+
+class StepByHand(Trainer):
+    """Trainer's training step in its author's own words, with a scale of its own."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return model(**inputs, num_items_in_batch=num_items_in_batch).loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+@pytest.mark.parametrize("options", [{}, pytest.param(CHECKPOINTING, marks=SLOW)], ids=["plain", "checkpointing"])
+@every_size
+def test_trainer_itself_is_regularized(expected, accumulate, micro, options, tmp_path):
+    name, final = expected
+    make, batch = MODELS[name]
+    model = make()
+    options = {**options, "logging_strategy": "steps", "logging_steps": 1}
+    trainer = trainer_for(model, batch(), tmp_path, micro=micro, accumulate=accumulate, **options)
+    regularizer = regularized(name, trainer)
+    trainer.train()
+    assert furthest(weights(model), final) < CLOSE
+    assert regularizer.step == STEPS
+    logged = [entry["congruence_weight"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == [schedule(step) for step in range(STEPS)]
+    regularizer.close()
+    assert type(trainer.training_step).__name__ == type(trainer.log).__name__ == "method"
+
+
+def test_a_training_step_of_its_own_is_regularized(tmp_path):
+    model = llava()
+    trainer = trainer_for(model, llava_batch(), tmp_path, micro=2, accumulate=4, trainer=StepByHand)
+    regularized("llava", trainer)
+    trainer.train()
+    assert furthest(weights(model), by_hand("llava", [[llava_batch()]] * STEPS)) < CLOSE
+
+
+def test_evaluation_in_between_adds_nothing(tmp_path):
+    model, other = llava(), llava()
+    for one in (model, other):
+        trainer = trainer_for(one, llava_batch(), tmp_path)
+        trainer.eval_dataset = rows(llava_batch(2))
+        if one is model:
+            trainer.args.eval_strategy, trainer.args.eval_steps = IntervalStrategy.STEPS, 1
+        regularized("llava", trainer)
+        trainer.train()
+        evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        assert len(evaluations) == (STEPS if one is model else 0)
+    assert furthest(weights(model), weights(other)) == 0.0
+
+
+class WithoutBackward(Trainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        loss.backward()
+        return loss.detach()
+
+
+class OfAnother(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return self.other(**inputs).loss
+
+
+def test_a_trainer_that_would_lose_the_term_is_refused(tmp_path):
+    trainer = trainer_for(llava(), llava_batch(), tmp_path, trainer=WithoutBackward)
+    regularized("llava", trainer)
+    with pytest.raises(RuntimeError, match=r"did not call accelerator\.backward.*add weight"):
+        trainer.train()
+    trainer = trainer_for(llava(), llava_batch(), tmp_path, trainer=OfAnother)
+    trainer.other = llava().train()
+    regularized("llava", trainer)
+    with pytest.raises(RuntimeError, match=r"ran no forward pass with gradients.*compute_loss"):
+        trainer.train()
+
+
+def test_another_model_than_the_regularized_one_is_refused(tmp_path):
+    trainer = trainer_for(llava(), llava_batch(), tmp_path)
+    trainer.model_init = llava
+    regularized("llava", trainer)
+    with pytest.raises(RuntimeError, match=r"made another model \(model_init\)"):
+        trainer.train()
+
+
+def test_what_is_neither_model_nor_trainer_is_refused():
+    for thing in (pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"), object(), "model"):
+        with pytest.raises(ValueError, match=r"takes a model \(nn\.Module\) or a transformers Trainer"):
+            regularize(thing, CACRLoss(), 4)
+
+
+def test_a_loss_that_nobody_uses_is_an_error_at_the_first_step(tmp_path):
+    """As trainers that compute their loss from logits: 4 forward passes, no backward pass."""
+
+    class FromLogits(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            logits, labels = model(**inputs).logits, inputs["labels"]
+            return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    model = llava()
+    regularized("llava", model)
+    callbacks = [huggingface.CongruenceCallback()]
+    trainer = trainer_for(
+        model, llava_batch(), tmp_path, micro=2, accumulate=4, callbacks=callbacks, trainer=FromLogits
+    )
+    with pytest.raises(RuntimeError, match=r"no backward pass has reached.*regularize\(trainer, \.\.\.\)"):
+        trainer.train()
+    assert trainer.state.log_history == []
+
+    trainer = trainer_for(other := llava(), llava_batch(), tmp_path, micro=2, accumulate=4, trainer=FromLogits)
+    regularizer = regularized("llava", trainer)
+    trainer.train()
+    assert regularizer.step == STEPS
+    assert furthest(weights(other), weights(llava())) > 1e-3
 
 
 @pytest.mark.slow

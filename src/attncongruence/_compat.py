@@ -309,3 +309,17 @@ def exportable_state() -> type:
     from transformers import trainer_callback
 
     return getattr(trainer_callback, "ExportableState", type("NotExported", (), {}))
+
+
+def trainer_of(callback: object) -> Any:
+    """The trainer that calls a callback right now: of all objects on the call stack, the one that has it among its own.
+
+    Trainer passes the model to its callbacks, and not itself. Gone: None, and the callback refuses to train.
+    """
+    frame = sys._getframe()
+    while (frame := frame.f_back) is not None:  # type: ignore[assignment]
+        owner = frame.f_locals.get("self")
+        callbacks = getattr(getattr(owner, "callback_handler", None), "callbacks", ())
+        if any(one is callback for one in callbacks):
+            return owner
+    return None

@@ -6,6 +6,7 @@ two masks.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,9 +18,10 @@ from transformers import TrainerCallback
 from attncongruence import _compat
 from attncongruence.capture.record import CapturedAttention
 from attncongruence.layout import TokenLayout
-from attncongruence.training.regularize import Regularizer, find_regularizer
+from attncongruence.training.regularize import Regularizer, find_regularizer, regularize
+from attncongruence.training.term import LossFunction, NTextOrFunction
 
-__all__ = ["CongruenceCallback", "token_layout"]
+__all__ = ["CongruenceCallback", "RegularizeCallback", "token_layout"]
 
 # Encoders that join a caption and an image: positions before both that are neither, and whether the image starts with
 # its own [CLS].
@@ -248,3 +250,49 @@ def _steps_per_epoch(args: Any, loader: Any) -> int:
         return -(-len(loader) // int(args.gradient_accumulation_steps))
     except TypeError:
         return 0
+
+
+class RegularizeCallback(TrainerCallback):
+    """Calls `regularize(trainer, ...)` when training begins, for tools that build the trainer by themselves.
+
+    Add it to the callbacks of any `Trainer`, also where a configuration file names them (LLaMA-Factory, ms-swift,
+    Axolotl). Each call of `train()` regularizes the model that it trains; the loss is taken off when training ends.
+
+    Args:
+        loss: as in `regularize`.
+        n_text: as in `regularize`; None: `token_layout` of the trainer's model.
+        options: all other arguments of `regularize`.
+
+    Raises:
+        RuntimeError: when training begins: the trainer that calls this cannot be found.
+        ValueError: what `regularize` raises.
+
+    Example:
+        >>> from attncongruence import exponential_warmup
+        >>> callback = RegularizeCallback(CACRLoss(direction="language"), weight=exponential_warmup(1000))
+        >>> callback.regularizer is None
+        True
+    """
+
+    def __init__(self, loss: LossFunction, n_text: NTextOrFunction | None = None, **options: Any) -> None:
+        self._loss, self._n_text, self._options = loss, n_text, options
+        self.regularizer: Regularizer | None = None
+        """While training runs."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Regularizes the trainer."""
+        trainer = _compat.trainer_of(self)
+        if trainer is None:
+            raise RuntimeError(
+                "RegularizeCallback found no trainer that has it among its callbacks: call regularize(trainer, ...) "
+                "before trainer.train()"
+            )
+        self.on_train_end(args, state, control)
+        n_text = functools.partial(token_layout, trainer.model) if self._n_text is None else self._n_text
+        self.regularizer = regularize(trainer, self._loss, n_text, **self._options)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Takes the loss off."""
+        if self.regularizer is not None:
+            self.regularizer.close()
+        self.regularizer = None

@@ -6,10 +6,9 @@ Everything is written for the side of `own` tokens seen through `other` ones; te
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attncongruence._typing import at_least_float32
 from attncongruence.blocks import Quadrants, outer
@@ -17,6 +16,7 @@ from attncongruence.conventions import Convention
 from attncongruence.divergence import distributed_kl, m_kl
 from attncongruence.maps import attention_map, equivalence, fill, log_attention_map
 from attncongruence.streaming.operators import Target, batched, cache_bytes
+from attncongruence.streaming.pooling import pool
 
 Pair = tuple[Tensor, Tensor]
 
@@ -92,12 +92,10 @@ class CACR(Form):
             # E = LV = scale Q_L K_V^T, so E Q_V = scale Q_L (K_V^T Q_V)
             q, k = scale * at_least_float32(q), at_least_float32(k)
             return q @ (k.mT @ at_least_float32(other.q)), q @ (k.mT @ at_least_float32(other.k))
-        # E = softmax(LV / tau), so E Q_V is attention with Q_V as its values
-        mask, tau = other.token_mask, convention.temperature
-        if mask is not None:
-            mask = (mask | (other.lengths == 0)[:, None])[:, None, None]
-        attend = partial(nn.functional.scaled_dot_product_attention, q, k, attn_mask=mask, scale=scale / tau)
-        return attend(other.q), attend(other.k)
+        # E = softmax(LV / tau), so E Q_V and E K_V are attention with values Q_V and K_V
+        pooled = pool(q, k, torch.cat([other.q, other.k], -1), other.lengths, scale / convention.temperature)
+        width = own.q.shape[-1]
+        return pooled[..., :width], pooled[..., width:]
 
     def differentiates_cross_maps(self, convention: Convention) -> bool:
         return not convention.detach_equivalence

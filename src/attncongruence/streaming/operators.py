@@ -40,21 +40,22 @@ def cache_bytes(device: torch.device) -> int:
 
 
 class Tiles:
-    """How maps of `(maps, n, n)` are cut: some rows of one map at a time, or all rows of several.
+    """How maps of `(maps, n, columns)` are cut: some rows of one map at a time, or all rows of several.
 
     Args:
         maps: how many maps there are.
-        n: rows and columns of each.
+        n: rows of each.
         buffers: tiles in use at a time; each gets memory of its own, once.
         like: a tensor of the wanted dtype and device.
+        columns: of each; None: as many as rows.
     """
 
-    def __init__(self, maps: int, n: int, buffers: int, like: Tensor) -> None:
-        self.maps, self.n = maps, n
-        entries = cache_bytes(like.device) // (buffers * like.element_size() * max(n, 1))
+    def __init__(self, maps: int, n: int, buffers: int, like: Tensor, columns: int | None = None) -> None:
+        self.maps, self.n, self.columns = maps, n, n if columns is None else columns
+        entries = cache_bytes(like.device) // (buffers * like.element_size() * max(self.columns, 1))
         self.rows = max(1, min(n, LONGEST, entries))
         self.together = max(1, min(maps, entries // self.rows))
-        self._space = like.new_empty(buffers, self.together * self.rows * n)
+        self._space = like.new_empty(buffers, self.together * self.rows * self.columns)
 
     def __iter__(self) -> Iterator[tuple[slice, slice]]:
         """Slices of maps and of rows, one pair for each tile."""
@@ -63,8 +64,8 @@ class Tiles:
                 yield slice(first, min(first + self.together, self.maps)), slice(start, min(start + self.rows, self.n))
 
     def buffers(self, maps: slice, rows: slice) -> list[Tensor]:
-        """Uninitialized memory for one tile, `(maps, rows, n)`, once for each buffer."""
-        shape = maps.stop - maps.start, rows.stop - rows.start, self.n
+        """Uninitialized memory for one tile, `(maps, rows, columns)`, once for each buffer."""
+        shape = maps.stop - maps.start, rows.stop - rows.start, self.columns
         return [space[: shape[0] * shape[1] * shape[2]].view(shape) for space in self._space]
 
 

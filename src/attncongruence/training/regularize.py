@@ -29,8 +29,14 @@ from attncongruence.training.term import (
     share_of,
     with_loss,
 )
+from attncongruence.training.trainer import TrainerSteps, is_trainer
 
 _EVAL_ONLY = "it ran in eval mode only: call model.train() before training"
+_NOT_REACHED = (
+    "the training loop computes a loss of its own and does not use the one that the model returns. For transformers' "
+    "Trainer and its subclasses (TRL's read no model loss from 1.15 on) call regularize(trainer, ...); in a loop of "
+    "your own, use the returned loss, or add weight * cacr_loss(capture.pop(), n_text=...) to yours"
+)
 _NEVER_RAN = (
     "its hooks never ran. If the loop calls a part of it, regularize that; if it was compiled and had run, call "
     "regularize before the first compiled run; if a copy trains (another process, deepcopy), call regularize there"
@@ -38,7 +44,7 @@ _NEVER_RAN = (
 
 
 def regularize(
-    model: nn.Module,
+    model: nn.Module | Any,
     loss: LossFunction,
     n_text: NText | Callable[[Batch, CapturedAttention], NText],
     *,
@@ -47,7 +53,7 @@ def regularize(
     positives: Positives | Callable[[Batch], Positives] | None = None,
     mask: str | Callable[[Batch], Tensor] | None = None,
 ) -> Regularizer:
-    """Adds `weight(step) * loss` to the loss that the model returns, each time it runs in training mode.
+    """Adds `weight(step) * loss` to the loss that a model returns in training mode, or to each step of a `Trainer`.
 
         main + weight(step) * mean over layers of loss(captured layer, n_text)
 
@@ -56,13 +62,18 @@ def regularize(
     number of micro-batches in it. Where transformers' `Trainer` divides the loss by `num_items_in_batch`, the added
     loss is scaled to match, so that accumulated micro-batches equal one large batch.
 
+    A transformers `Trainer`, or a subclass such as TRL's, may take the place of the model. The term is then added to
+    what the trainer differentiates, whatever its `compute_loss` does, as a mean over the micro-batches of a step; the
+    step is its `global_step`, and both losses are logged. If a training step runs the model several times with
+    gradients on, the mean of these passes counts.
+
     Functions of the batch get a mapping: what the model was called with, by the names of its parameters. Those for
     `positives` and `mask` describe samples, so they get the batch alone, once for each forward pass.
 
     Args:
         model: returns its loss as `.loss`, `["loss"]`, the first of a tuple, or alone. Call `regularize` before its
             first compiled run. It may be wrapped later (DDP, FSDP, `torch.compile`, Accelerate, PEFT). For a
-            `LightningModule` the loss is added to what `training_step` returns.
+            `LightningModule` the loss is added to what `training_step` returns. Or a `Trainer`, before `train()`.
         loss: `CACRLoss(...)`, `IAISLoss(...)`, or a function of `(captured, n_text)` that returns one number.
         n_text: number of text tokens, which come first; a `(batch,)` integer tensor with one such number for each
             sample; a `TokenLayout`; or a function `(batch, captured)` that returns one of these. The function is called
@@ -85,7 +96,8 @@ def regularize(
             not one number in a tensor, positives that do not fit the batch.
         TypeError: a weight that is neither a number nor a function.
         RuntimeError: nothing was captured (the message says why); an optimizer steps on a model that was never
-            regularized; the micro-batch's weight in the step cannot be known.
+            regularized, or whose added loss no backward pass has reached; the micro-batch's weight in the step cannot
+            be known; a trainer whose training step calls no `accelerator.backward`.
 
     Example:
         One text token of score log 3, one of 0, one image token of 0: as in `cacr_loss`, the first row differs by
@@ -131,7 +143,7 @@ class Regularizer:
     """
 
     def __init__(
-        self, model: nn.Module, term: CongruenceTerm, layers: Layers, weight: float | Callable[[int], float]
+        self, trained: Any, term: CongruenceTerm, layers: Layers, weight: float | Callable[[int], float]
     ) -> None:
         if not callable(weight):
             schedule = "or a schedule such as exponential_warmup(5000)"
@@ -141,6 +153,8 @@ class Regularizer:
                 raise TypeError(f"{error} {schedule}") from None
             if not 0 <= weight < math.inf:
                 raise ValueError(f"weight={weight!r} must be >= 0 and finite, {schedule}")
+        self._trainer = TrainerSteps(trained, self._begin_step, self._with_term) if is_trainer(trained) else None
+        model: nn.Module = trained if self._trainer is None else trained.model
         self.model = _compat.unwrapped(model)
         self._term, self._weight = term, weight
         if any(str(other._term.loss) == str(term.loss) for other in _open_on({self.model})):
@@ -153,10 +167,11 @@ class Regularizer:
         self.step = 0
         self.micro_batches: int | None = None
         self._passes = 0  # regularized forward passes since the last optimizer step
+        self._reached = False  # whether a backward pass has reached one of them
         # Until the first step is counted, and where steps matter.
         self._silent_steps = SilentSteps(self.model) if callable(weight) else None
         self._ran = self._ran_in_eval = self._checked_resume = False
-        if callable(getattr(self.model, "training_step", None)):
+        if self._trainer is None and callable(getattr(self.model, "training_step", None)):
             # Lightning calls training_step, which only under DDP runs as the module's forward. Its children always run.
             watched = nn.Module()
             for name, child in self.model.named_children():
@@ -169,6 +184,7 @@ class Regularizer:
             before = self.model.register_forward_pre_hook(hook(shim.before_forward))
             after = self.model.register_forward_hook(hook(self._after_forward), with_kwargs=True)
             undo = [shim.remove, before.remove, after.remove]
+            undo += [] if self._trainer is None else [self._trainer.remove]
         self._undo = [self._capture.close, *undo]
         optimizer_steps.add(self)
 
@@ -182,6 +198,11 @@ class Regularizer:
                 f"an optimizer took a step on the parameters of {type(self.model).__name__}, which is regularized, but "
                 f"nothing was ever added to its loss: {_EVAL_ONLY if self._ran_in_eval else _NEVER_RAN}. If this is "
                 "intended, close() the regularizer."
+            )
+        if self._passes and not self._reached:
+            raise RuntimeError(
+                f"an optimizer took a step, and no backward pass has reached the loss that was added to that of "
+                f"{type(self.model).__name__}: {_NOT_REACHED}"
             )
         self.count_step()
         if not self._checked_resume:
@@ -203,7 +224,7 @@ class Regularizer:
         if self._passes:
             self.step += 1
             self._silent_steps = None
-        self._passes = 0
+        self._passes, self._reached = 0, False
 
     def state_dict(self) -> dict[str, int]:
         """The step, for a checkpoint."""
@@ -268,8 +289,10 @@ class Regularizer:
             if not self.model.training:
                 self._ran_in_eval = True
                 return None
+            if self._trainer is not None and not self._trainer.running:  # evaluation in training mode, for instance
+                return None
             main = loss_in(output)
-            if main is None:
+            if main is None and self._trainer is None:
                 raise ValueError(
                     f"{type(self.model).__name__} ran in training mode and returned no loss ({describe(output)}): "
                     "regularize adds to .loss, ['loss'], the first of a tuple, or the output itself. Pass labels, so "
@@ -279,9 +302,17 @@ class Regularizer:
                 )
             batch = batch_of(function, args, kwargs)
             congruence = self._term(batch, self._capture.pop_all())
+            if self._trainer is not None:
+                self._trainer.congruence.append(congruence)
+                return None
             share = share_of(batch, self.micro_batches)
         finally:
             self._capture.forget()
+        assert main is not None
+        return with_loss(output, self._with_term(main, congruence, share)[0])
+
+    def _with_term(self, main: Tensor, congruence: Tensor, share: float | Tensor) -> tuple[Tensor, float]:
+        """The loss with the term added, and the term's weight."""
         share = share.to(congruence.device) if isinstance(share, Tensor) else share
         weight = self._weight(self.step) if callable(self._weight) else self._weight
         self._passes += 1
@@ -289,8 +320,16 @@ class Regularizer:
         if self._silent_steps is not None:
             self._silent_steps.after_pass(weight)
         self.last = LossParts(main.detach(), congruence.detach(), weight, self.step, share)
-        # main + lambda(step) * share * congruence, in the main loss's own dtype
-        return with_loss(output, main + (weight * share * congruence).to(main))
+        # lambda(step) * share * congruence, in the main loss's own dtype
+        added = (weight * share * congruence).to(main)
+        added.register_hook(self._on_backward)
+        return main + added, weight
+
+    def _on_backward(self, grad: Tensor) -> None:
+        self._reached = True
+
+    def _begin_step(self, step: int) -> None:
+        self.step = step
 
 
 def _open_on(modules: set[nn.Module]) -> list[Regularizer]:

@@ -18,16 +18,22 @@ from attncongruence import _compat
 
 
 class Shim:
-    """An instance attribute that replaces a method of one module and calls it.
+    """An instance attribute that replaces a method of one object and calls it.
 
-    `__wrapped__` is the method; `inspect.signature` follows it. A copy or a pickle of the module gets the method back.
+    It passes for the method, which is `__wrapped__`: with its name, signature, `__func__` and `__self__`. A copy or a
+    pickle of the object gets the method back.
     """
 
-    def __init__(self, module: nn.Module, name: str) -> None:
+    def __init__(self, module: Any, name: str) -> None:
         self.module, self.name, self.open = module, name, True
         self.replaced = module.__dict__.get(name)
-        self.__wrapped__ = getattr(module, name)
+        functools.update_wrapper(self, getattr(module, name), updated=())  # type: ignore[arg-type]
         module.__dict__[name] = self
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "__wrapped__":  # of a shim without a method, as copy makes it
+            raise AttributeError(name)
+        return getattr(self.__wrapped__, name)
 
     def remove(self) -> None:
         """Puts the method back. If other code has wrapped the shim since, the shim stays and only calls the method."""
@@ -75,6 +81,17 @@ class TrainingStepShim(Shim):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         output = self.__wrapped__(*args, **kwargs)
         return self.after(args, kwargs, output) if self.open else output
+
+
+class CallShim(Shim):
+    """Calls `call(method, ...)` instead of `method(...)`."""
+
+    def __init__(self, module: Any, name: str, call: Callable[..., Any]) -> None:
+        super().__init__(module, name)
+        self.call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
+        return self.call(self.__wrapped__, *args, **kwargs) if self.open else self.__wrapped__(*args, **kwargs)
 
 
 class OptimizerSteps:
