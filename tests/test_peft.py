@@ -20,7 +20,7 @@ from tests.helpers.training import (
     schedule,
 )
 
-pytestmark = pytest.mark.needs("peft>=0.18", "transformers>=5.0")
+pytestmark = pytest.mark.needs("peft>=0.20", "transformers>=5.0")
 CLOSE, STEPS = 1e-6, 3
 TARGETS = {"llava": ["q_proj", "v_proj"], "vilt": ["query", "value"]}
 LAYER = {
