@@ -38,13 +38,16 @@ AREAS = {
         "capture_autograd capture_find capture_hooks capture_parallel capture_product capture_record "
         "capture_training capture_zoo compat doctor huggingface"
     ),
-    "training": "regularize regularize_steps training_loops training_parallel compat_frameworks robustness_training",
+    "training": (
+        "regularize regularize_steps training_loops training_parallel compat_frameworks robustness_training engines "
+        "peft trl"
+    ),
     "compile": "compile capture_compile",
 }
 """Test files by what they hold."""
 SLOW = ("compile",)
 """Areas of which the slow tests run too: inductor is one of them."""
-OPTIONAL = ("transformers", "accelerate", "timm", "lightning", "peft")
+OPTIONAL = ("transformers", "accelerate", "timm", "lightning", "peft", "trl", "deepspeed")
 SHOWN = ("torch", "transformers", "accelerate", "lightning", "timm")
 TOOLS = ("pytest", "pytest-xdist", "hypothesis", "numpy", "packaging", "scipy")
 

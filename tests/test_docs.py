@@ -113,3 +113,18 @@ def test_names_of_the_code_are_there(name, least):
         if not path.exists() or not {attribute, also} - {""} <= there:
             missing.append(f"{file}::{attribute or also}")
     assert not missing
+
+
+def test_the_stack_table_names_locked_versions_and_tests_that_there_are():
+    section = (ROOT / "docs/training.md").read_text().split("## What is tested")[1].split("\n## ")[0]
+    locked = dict(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    rows = [line.split(" | ") for line in section.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) > 15
+    for _, versions, _, tested in rows:
+        file, test = re.findall(r"`([\w.]+)`", tested)
+        assert test in names_in(ROOT / "tests" / file), test
+        for package, version in re.findall(r"([a-z]+) ([\d.]+)", versions):
+            assert locked[package] == version
+    trainers = " ".join(row[0] for row in rows)
+    for name in ("SFTTrainer", "DPOTrainer", "GRPOTrainer", "Accelerate", "DeepSpeed", "Fabric", "PEFT", "FSDP2"):
+        assert name in trainers

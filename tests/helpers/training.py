@@ -120,13 +120,14 @@ def by_hand(
     autocast: bool = False,
     summed: bool = False,
     model: nn.Module | None = None,
+    optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
 ) -> list[Tensor]:
-    """`loss = main + weight * cacr_loss(...)`, micro-batches averaged, plain gradient descent; the final weights.
+    """`loss = main + weight * cacr_loss(...)`, micro-batches averaged, one optimizer step each; the final weights.
 
     `summed`: the main loss of micro-batches is a sum over the labels of the whole step, divided by their number.
     """
     model = MODELS[name][0]().train() if model is None else model
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    optimizer = optimizer(model.parameters(), lr=LR)
     with capture_attention(model) as capture:
         for step, parts in enumerate(steps):
             items = sum(part["labels"][:, 1:].ne(-100).sum() for part in parts)
