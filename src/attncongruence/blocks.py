@@ -212,10 +212,7 @@ def locate(
         mask = joined(allowed, mask)
     batch, heads, length = shape[0], shape[1] if len(shape) == 4 else 0, shape[-1]
     if shape[-2] != length:
-        cache = ""
-        if shape[-2] < length:
-            cache = " Keys of a cache (past_key_values) or a prefix have no queries: train without (use_cache=False)."
-        raise ValueError(f"attention has {shape[-2]} queries and {length} keys: {REMEDIES['attention']}{cache}")
+        raise ValueError(f"attention has {shape[-2]} queries and {length} keys: {REMEDIES['attention']}")
     tensor = n_text.text if isinstance(n_text, TokenLayout) else n_text if isinstance(n_text, Tensor) else None
     pairs = tokens = None
     if mask is not None or tensor is not None:

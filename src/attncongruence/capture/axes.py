@@ -252,8 +252,8 @@ class Trail:
             skip = len(shape) - len(best.shape)
             axes = tuple(CONTRACTED if n == 1 else axis + skip for axis, n in enumerate(best.shape))
             return self._intern("mix", shape, (best,), (axes,), (name, axes), root)
-        key = (name, index, self._count() if name in _SHUFFLES else None)
-        node = self._intern("leaf", shape, tuple(parents), None, key, root)
+        once = self._count() if name in _SHUFFLES else None
+        node = self._intern("leaf", shape, tuple(parents), None, (name, index, once), root)
         node.gathered = "all_gather" in f"{name} {func}"
         return node
 
@@ -276,7 +276,7 @@ def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int, name
 
 def _broadcast(nodes: list[Node]) -> torch.Size | None:
     try:
-        return torch.broadcast_shapes(*(node.shape for node in nodes))
+        return torch.Size(torch.broadcast_shapes(*(node.shape for node in nodes)))
     except RuntimeError:
         return None
 

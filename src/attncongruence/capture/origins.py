@@ -183,7 +183,8 @@ def product_codes(product: Node, sizes: Sizes) -> Codes:
         certain, likely = ([side[3] == degree for side in sides] for degree in (2, 1))
         problem = CHANNELS if any(certain) or all(likely) else ""
         problem = GATHERED if 3 in (sides[0][3], sides[1][3]) else problem
-        product.found[key] = Codes(*((sides[0][part], sides[1][part]) for part in (0, 1, 2)), problem)
+        samples, heads, copies = ((sides[0][part], sides[1][part]) for part in (0, 1, 2))
+        product.found[key] = Codes(samples, heads, copies, problem)  # type: ignore[arg-type]
     found: Codes = product.found[key]
     return found
 
