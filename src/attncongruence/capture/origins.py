@@ -269,19 +269,19 @@ def _side(
         in_lead, in_rows, in_width = which < count, (which >= count) & (which < is_width.start), which >= is_width.start
         in_rows[which == 0], in_width[which == 0] = True, True
         along_rows, along_width = _vary(at[in_rows]), _vary(at[in_width])
-        features = along_width - along_rows
+        wide = along_width - along_rows
         if (weights := mixed(node)) is not None:
-            features |= set(weights[2]) - along_rows
+            wide |= set(weights[2]) - along_rows
         if weight:  # learned queries or keys, the same for all samples
-            features |= set(range(rank)) - along_rows
-        if not features and width == 1:
-            features = {rank - 1} - along_rows
+            wide |= set(range(rank)) - along_rows
+        if not wide and width == 1:
+            wide = {rank - 1} - along_rows
         if not projected and along_width and rank - 1 in along_rows - along_width:
             features_in_rows = max(features_in_rows, 1)
-        if rank == 4 and not split and not _vary(at[in_lead]) & features:
-            features |= _usual(node, along_rows or {2 if node.shape[2] == 1 else 1}, features or {3}, sizes)
+        if rank == 4 and not split and not _vary(at[in_lead]) & wide:
+            wide |= _usual(node, along_rows or {2 if node.shape[2] == 1 else 1}, wide or {3}, sizes)
         for axis in range(min(rank, _AXES)):
-            (heads if axis in features else where)[which, axis] = at[:, axis]
+            (heads if axis in wide else where)[which, axis] = at[:, axis]
     samples = torch.cat([leaves, where], 1)
     return samples[:count], torch.cat([makers, made, heads], 1)[:count], copies[:count, None], features_in_rows
 
