@@ -69,7 +69,7 @@ def _registered(kernel: str) -> str:
 
 def _operation(module: nn.Module, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> Operation | None:
     """The operation of one call of a kernel; None where it is more than scale, product and masks."""
-    if options.get("s_aux") is not None or options.get("softcap") is not None or "cu_seq_lens_q" in options:
+    if options.get("s_aux") is not None or options.get("softcap") is not None:
         return None
     length, keys = query.shape[-2], key.shape[-2]
     causal, masks = False, []
@@ -82,6 +82,12 @@ def _operation(module: nn.Module, query: Tensor, key: Tensor, mask: Any, options
     else:  # flash: a token mask, and the rest in options
         if isinstance(mask, Tensor):
             masks.append(mask[:, None, None, :keys].bool())
+        else:
+            known, document = _documents(query.shape[0], length, options)
+            if not known or (document is not None and length != keys):
+                return None
+            if document is not None:
+                masks.append(document[:, None] == document)
         asked = options.get("is_causal")
         causal = length > 1 and bool(getattr(module, "is_causal", False) if asked is None else asked)
         if (window := options.get("sliding_window")) is not None:
@@ -93,3 +99,24 @@ def _operation(module: nn.Module, query: Tensor, key: Tensor, mask: Any, options
     scale = options.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     return Operation(query, key, scale, tuple((mask, 1.0) for mask in masks), causal)
+
+
+def _documents(batch: int, length: int, options: dict[str, Any]) -> tuple[bool, Tensor | None]:
+    """Whether it is known, and to which document of a packed row each position belongs (None: there is one).
+
+    As transformers' flash attention has it (its `modeling_flash_attention_utils`): by `cu_seq_lens`, if all of them
+    came; else, in a batch of one, where `position_ids` start again.
+    """
+    names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    if all(options.get(name) is not None for name in names):
+        ends, of_keys = options[names[0]], options[names[1]]
+        if batch != 1 or (ends is not of_keys and not torch.equal(ends, of_keys)):
+            return False, None
+        places = torch.arange(length, device=ends.device)
+        return True, torch.bucketize(places, ends.to(places.dtype), right=True)
+    positions = options.get("position_ids")
+    if not isinstance(positions, Tensor) or batch != 1 or positions.shape != (1, length) or length == 1:
+        return True, None
+    first = positions.min()
+    packed = (torch.arange(length, device=positions.device) + first != positions).any()
+    return True, torch.where(packed, (positions[0] == first).cumsum(0), 0)

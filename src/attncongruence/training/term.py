@@ -87,6 +87,9 @@ class CongruenceTerm:
                 raise ValueError(f"mask={mask!r} is not in the batch: the model was called with {sorted(batch)}")
             mask = batch[mask]
         with each_warning_once(self.said):
+            if _LOOKED not in self.said and _packed(batch):  # the first batch tells; it costs one synchronization
+                warn(_PACKED)
+            self.said.add(_LOOKED)
             losses = [self._layer_loss(batch, captured, positives, mask) for captured in layers]
         # (1 / layers) sum of the layers' losses
         return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
@@ -121,6 +124,25 @@ class CongruenceTerm:
             shape = tuple(loss.shape)
             raise ValueError(f"the loss has shape {shape}: it must be one number, as reduction='mean' gives")
         return loss
+
+
+_LOOKED = "looked for packed rows"
+_PACKED = (
+    "rows of this batch hold several samples (packing, padding-free batches). Attention does not mix them, but each "
+    "row counts as one sample in the loss's mean. For a mean over samples, train without packing (packing=False, "
+    "padding_free=False)."
+)
+
+
+def _packed(batch: Batch) -> bool:
+    """Whether a row holds several samples, by `cu_seq_lens` or by positions that start again."""
+    if batch.get("cu_seq_lens_q") is not None:
+        return bool(batch["cu_seq_lens_q"].numel() > 2)
+    positions = batch.get("position_ids")
+    mask = batch.get("attention_mask")
+    if not isinstance(positions, Tensor) or positions.ndim != 2 or (isinstance(mask, Tensor) and mask.ndim == 2):
+        return False
+    return bool((positions.diff(dim=-1) < 0).any())
 
 
 def _call(name: str, function: Callable[..., Any], batch: Batch, *captured: CapturedAttention) -> Any:
