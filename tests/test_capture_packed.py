@@ -12,7 +12,7 @@ from attncongruence import CACRLoss, TokenLayout, cacr_loss, capture_attention, 
 from attncongruence.capture.kernels import _documents
 
 pytestmark = pytest.mark.needs("transformers>=5.0")
-OURS = {"rtol": 1e-12, "atol": 1e-12}
+OURS = {"rtol": 1e-6, "atol": 1e-8}
 
 
 def documents_by_transformers(positions: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.experimental import context_parallel
 
 from attncongruence import _compat, _compat_distributed
-from attncongruence.capture.trace import Lineage
+from attncongruence.capture.axes import Trail
 
 
 @pytest.fixture
@@ -28,9 +28,11 @@ def test_local_part(mesh):
     assert _compat.local_part(x) is x
     spread = DTensor.from_local(x, mesh, [Shard(1)])
     assert torch.equal(_compat.local_part(spread), x)
-    lineage = Lineage()
-    lineage.follow((x, x), {}, _compat.local_part(spread))
-    assert lineage.origin(spread) == lineage.origin(x) is not None
+    trail = Trail({})
+    double = 2 * spread
+    trail.follow(torch.mul, "mul", (2, spread), {}, double)
+    assert trail.node(_compat.local_part(double)).root is trail.node(spread).root
+    assert trail.node(torch.randn(2, 4)).root is not trail.node(spread).root
 
 
 def test_placement(mesh):

@@ -95,12 +95,15 @@ def make_problem(
     if kind == "int":
         mask = torch.rand(batch, length, generator=generator) < 0.8 if seed % 2 else None
         real = torch.ones(batch, length, dtype=torch.bool) if mask is None else mask
-        return Problem(S, n, mask, (position < n) & real, (position >= n) & real)
+        # A square bool mask could be one of pairs.
+        given = mask.long() if mask is not None and batch == length else mask
+        return Problem(S, n, given, (position < n) & real, (position >= n) & real)
     if kind == "ragged":
         n_text = torch.randint(0, n + 1, (batch,), generator=generator)
         mask = position < (n_text + torch.randint(0, m + 1, (batch,), generator=generator))[:, None]
         is_text = position < n_text[:, None]
-        return Problem(S, n_text, mask.long() if seed % 2 else mask, is_text & mask, ~is_text & mask)
+        given = mask.long() if seed % 2 or batch == mask.shape[1] else mask
+        return Problem(S, n_text, given, is_text & mask, ~is_text & mask)
     kinds = torch.randint(0, 3, (batch, length), generator=generator)
     text, image = kinds == 0, kinds == 1
     return Problem(S, TokenLayout(text, image), None, text, image)

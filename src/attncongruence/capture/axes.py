@@ -129,7 +129,7 @@ class Trail:
     def __init__(self, table: dict[Any, Node]) -> None:
         if len(table) > 50_000:  # sizes that change in every step
             table.clear()
-        self._table, self._nodes, self._sources = table, dict[int, tuple[weakref.ref[Tensor], Node]](), 0
+        self._table, self._nodes, self._fresh = table, dict[int, tuple[weakref.ref[Tensor], Node]](), 0
 
     def node(self, tensor: Tensor) -> Node:
         """How a tensor was made; a new leaf where nobody saw it."""
@@ -139,8 +139,8 @@ class Trail:
         if node is not None and ref is not None and ref() is tensor and node.shape != shape:
             return self._intern("leaf", shape, (node,), None, "part", node.root)
         if node is None or ref is None or ref() is not tensor:
-            self._sources += 1
-            node = self._intern("leaf", shape, (), None, ("source", self._sources, constant))
+            self._fresh += 1
+            node = self._intern("leaf", shape, (), None, ("source", self._fresh, constant))
             node.constant = constant
             self._nodes[id(tensor)] = weakref.ref(tensor), node
         return node
@@ -258,8 +258,8 @@ class Trail:
         return node
 
     def _count(self) -> int:
-        self._sources += 1
-        return self._sources
+        self._fresh += 1
+        return self._fresh
 
 
 def _counts(tensor: Tensor) -> bool:

@@ -171,22 +171,18 @@ def sizes_of(inputs: Iterable[object]) -> Sizes:
 
 def product_codes(product: Node, sizes: Sizes) -> Codes:
     """Samples and heads of all leading positions of a product of queries and keys."""
-    key = ("codes", sizes)
-    if key not in product.found:
-        row = len(product.shape) - 2
-        pairs = sorted(zip(product.parents, product.how, strict=True), key=lambda pair: row not in pair[1])
-        constant = [parent.constant for parent, _ in pairs]  # an equation may name the keys first
-        sides = [
-            _side(product.shape, parent, axes, side, constant[side] and not constant[not side], sizes)
-            for side, (parent, axes) in enumerate(pairs)
-        ]
-        certain, likely = ([side[3] == degree for side in sides] for degree in (2, 1))
-        problem = CHANNELS if any(certain) or all(likely) else ""
-        problem = GATHERED if 3 in (sides[0][3], sides[1][3]) else problem
-        samples, heads, copies = ((sides[0][part], sides[1][part]) for part in (0, 1, 2))
-        product.found[key] = Codes(samples, heads, copies, problem)  # type: ignore[arg-type]
-    found: Codes = product.found[key]
-    return found
+    row = len(product.shape) - 2
+    pairs = sorted(zip(product.parents, product.how, strict=True), key=lambda pair: row not in pair[1])
+    constant = [parent.constant for parent, _ in pairs]  # an equation may name the keys first
+    sides = [
+        _side(product.shape, parent, axes, side, constant[side] and not constant[not side], sizes)
+        for side, (parent, axes) in enumerate(pairs)
+    ]
+    certain, likely = ([side[3] == degree for side in sides] for degree in (2, 1))
+    problem = CHANNELS if any(certain) or all(likely) else ""
+    problem = GATHERED if 3 in (sides[0][3], sides[1][3]) else problem
+    samples, heads, copies = ((sides[0][part], sides[1][part]) for part in (0, 1, 2))
+    return Codes(samples, heads, copies, problem)  # type: ignore[arg-type]
 
 
 def softmax_codes(scores: Node, sizes: Sizes) -> Codes:

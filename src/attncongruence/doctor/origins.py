@@ -83,7 +83,8 @@ class Origins:
         named = [(kind_of(name), origin) for (name, _), origin in zip(log, self.entries, strict=True)]
         text = listing(dict.fromkeys(name for name, origin in named if origin.words), 2)
         image = listing(dict.fromkeys(name for name, origin in named if origin.picture), 2)
-        return f"{text} get text alone, {image or 'and no attention'} the image" if text else ""
+        other = f"{image} the image alone" if image else "and no attention sees the image"
+        return f"{text} see text alone, {other}" if text else ""
 
 
 def trace(model: nn.Module, inputs: Inputs, log: Log) -> Origins:
@@ -219,7 +220,7 @@ class _OtherWords(TorchFunctionMode):
         if isinstance(result, Tensor) and result.is_floating_point():
             return _noisy(result, self._random) if name in _LOOKUPS else result
         # A comparison (ids == padding) and a tensor of the same size say nothing about words.
-        if not name.endswith("_like") and not name.startswith("new_"):
+        if not name.endswith("like") and not name.startswith("new_"):
             integers = (t for t in tensors_in((result,)) if t.dtype != torch.bool and not t.is_floating_point())
             self._made.update((id(t), t) for t in integers)
         return result
