@@ -51,7 +51,8 @@ _BLOCKS = (
     "VV (.., image, image)."
 )
 REMEDIES = {
-    "attention": f"{_SQUARE} Of a capture, pass capture.pop().",
+    "attention": f"{_SQUARE} Fewer queries than keys come of a key/value cache or a prefix: run the model without "
+    "(use_cache=False). Of a capture, pass capture.pop().",
     "S": _SQUARE,
     "mask": "a mask is bool or integer and covers the joint sequence of text and image, (batch, length); one of pairs "
     "is bool, (1, length, length) if all samples share it; of an additive mask, pass mask > -5000. For a mask of the "
