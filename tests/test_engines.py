@@ -506,6 +506,7 @@ class Engine:
 
 def test_engines_are_watched_while_a_regularizer_is_open(monkeypatch, x):
     model, plain = Model(), Engine.step
+    monkeypatch.delitem(sys.modules, "deepspeed.runtime.engine", raising=False)
     with regularize(model, CACRLoss(), n_text=LENGTH_OF_TEXT) as regularizer:
         # Imported after regularize was called.
         monkeypatch.setitem(sys.modules, "deepspeed.runtime.engine", types.SimpleNamespace(DeepSpeedEngine=Engine))

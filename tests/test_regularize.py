@@ -507,3 +507,29 @@ def test_a_layer_that_runs_several_times_is_laid_out_each_time():
     assert asked == [6, LENGTH] * 2
     expected = (cacr_loss(first, 3) + cacr_loss(second, LENGTH - 3)) / 2
     torch.testing.assert_close(regularizer.last.congruence, expected)
+
+
+class Drawing(nn.Module):
+    """Draws mismatched pairs inside of its forward, as ViLT's pretraining does, and returns which those are."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = nn.TransformerEncoderLayer(16, 2, dropout=0.0, batch_first=True)
+
+    def forward(self, x):
+        matched = torch.tensor([1, 0, 1, 0])
+        out = self.encoder(torch.where(matched[:, None, None] == 1, x, x.roll(1, 0)))
+        return {"loss": out.square().mean(), "matched": matched}
+
+
+def test_positives_may_come_from_the_output(x):
+    model = Drawing().train()
+    with capture_attention(model) as capture:
+        model(x)
+        captured = capture.pop()
+    expected = cacr_loss(captured[torch.tensor([0, 2])], TEXT)
+    with regularize(model, CACRLoss(), TEXT, positives=lambda batch, output: output["matched"] == 1) as regularizer:
+        model(x)
+    torch.testing.assert_close(regularizer.last.congruence, expected.detach())
+    assert expected != cacr_loss(captured, TEXT)

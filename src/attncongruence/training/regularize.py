@@ -50,7 +50,7 @@ def regularize(
     *,
     layers: Layers = -1,
     weight: float | Callable[[int], float] = 1.0,
-    positives: Positives | Callable[[Batch], Positives] | None = None,
+    positives: Positives | Callable[..., Positives] | None = None,
     mask: str | Callable[[Batch], Tensor] | None = None,
 ) -> Regularizer:
     """Adds `weight(step) * loss` to the loss that a model returns in training mode, or to each step of a `Trainer`.
@@ -81,9 +81,10 @@ def regularize(
             wrong `n_text` is not detected; check it with the doctor.
         layers: as in `capture_attention`; the losses of several layers are averaged.
         weight: lambda, a number >= 0 or a schedule: any function step -> weight.
-        positives: which samples count: a `(batch,)` bool mask, indices, or a function `(batch)`; None: all. Leave out
-            the negatives of image-text matching. If no sample is left, the loss is exactly 0 and has a graph. For
-            labels of 0 and 1 pass `labels == 1`: as many zeros and ones as there are samples are refused.
+        positives: which samples count: a `(batch,)` bool mask, indices, or a function `(batch)` or `(batch, output)`;
+            None: all. Leave out the negatives of image-text matching, also those that the model draws in `forward` and
+            tells in its output. If no sample is left, the loss is exactly 0 and has a graph. For labels of 0 and 1 pass
+            `labels == 1`: as many zeros and ones as there are samples are refused.
         mask: the mask to pass to the loss: the name of a batch entry, or a function `(batch)`; None: the loss uses what
             the captured layer masks.
 
@@ -301,7 +302,7 @@ class Regularizer:
                     "Trainer does not pass labels if it has a compute_loss_func or a label_smoothing_factor."
                 )
             batch = batch_of(function, args, kwargs)
-            congruence = self._term(batch, self._capture.pop_all())
+            congruence = self._term(batch, self._capture.pop_all(), output)
             if self._trainer is not None:
                 self._trainer.congruence.append(congruence)
                 return None

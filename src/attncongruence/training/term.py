@@ -57,7 +57,7 @@ class CongruenceTerm:
 
     loss: LossFunction
     n_text: NTextOrFunction
-    positives: Positives | Callable[[Batch], Positives] | None
+    positives: Positives | Callable[..., Positives] | None
     mask: str | Callable[[Batch], Tensor] | None
     said: set[str] = dataclasses.field(default_factory=set, repr=False)
     """Warnings that were given."""
@@ -72,15 +72,18 @@ class CongruenceTerm:
         if not callable(self.n_text):
             allowed = "an int, a (batch,) integer tensor, a TokenLayout or a function (batch, captured)"
             _check_n_text(f"n_text={self.n_text!r} is", self.n_text, allowed)
-        elif not _takes_two(self.n_text):
+        elif not _takes(self.n_text, 2):
             raise ValueError(
                 f"n_text={self.n_text!r} must take two positional arguments, since it is called with the batch and a "
                 "captured layer: write lambda batch, captured: ..."
             )
 
-    def __call__(self, batch: Batch, layers: list[CapturedAttention]) -> Tensor:
-        """The mean of the layers' losses, a scalar in nats."""
-        positives = _call("positives", self.positives, batch) if callable(self.positives) else self.positives
+    def __call__(self, batch: Batch, layers: list[CapturedAttention], output: Any = None) -> Tensor:
+        """The mean of the layers' losses, a scalar in nats; `output` is what the model returned."""
+        positives: Any = self.positives
+        if callable(positives):
+            more = (output,) if not _takes(positives, 1) and _takes(positives, 2) else ()
+            positives = _call("positives", positives, batch, *more)
         mask = _call("mask", self.mask, batch) if callable(self.mask) else self.mask
         if isinstance(mask, str):
             if mask not in batch:
@@ -145,18 +148,19 @@ def _packed(batch: Batch) -> bool:
     return bool((positions.diff(dim=-1) < 0).any())
 
 
-def _call(name: str, function: Callable[..., Any], batch: Batch, *captured: CapturedAttention) -> Any:
+def _call(name: str, function: Callable[..., Any], batch: Batch, *more: Any) -> Any:
     """Calls a function of the batch; a KeyError gets a note that lists the batch's entries."""
     try:
-        return function(batch, *captured)
+        return function(batch, *more)
     except KeyError as error:
         error.add_note(f"in regularize(..., {name}=): the batch, what the model was called with, has {sorted(batch)}")
         raise
 
 
-def _takes_two(function: Callable[..., Any]) -> bool:
+def _takes(function: Callable[..., Any], count: int) -> bool:
+    """Whether a function can be called with so many positional arguments."""
     try:
-        inspect.signature(function).bind(None, None)
+        inspect.signature(function).bind(*[None] * count)
     except TypeError:
         return False
     except ValueError:  # no signature
