@@ -7,6 +7,7 @@ width, so whatever was split from the same axis is a head, and all other leading
 `Trail` notes how each tensor was made, without keeping it. `capture/folds.py` goes back along that trail.
 """
 
+import itertools
 import weakref
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -32,6 +33,7 @@ _SHUFFLES = {
 _CATS = {"cat", "concat", "concatenate"}
 _CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"}
 CONTRACTED = -1
+_numbers = itertools.count()
 
 
 class Node:
@@ -151,7 +153,7 @@ class Trail:
         full = (kind, shape, tuple(parent.number for parent in parents), key)
         node = self._table.get(full)
         if node is None:
-            node = self._table.setdefault(full, Node(len(self._table), kind, shape, parents, how, root))
+            node = self._table.setdefault(full, Node(next(_numbers), kind, shape, parents, how, root))
         return node
 
     def product(self, query: Tensor, key: Tensor) -> Node:
@@ -211,8 +213,7 @@ class Trail:
         shape = result.shape
         if not parents:
             return self._intern("leaf", shape, (), None, (name, index, self._count()))
-        whole = sorted(parents, key=lambda node: (node.constant, node.shape != shape))  # stable: the first of the best
-        first, root = parents[0], whole[0].root
+        first = parents[0]
         if args and args[0] is given[0]:
             if name in RESHAPES and first.shape.numel() == shape.numel():
                 return self._intern("flat", shape, (first,), None, None, first.root)
@@ -230,6 +231,8 @@ class Trail:
                 return self._intern("complex", shape, (first,), None, None, first.root)
             if name == "view_as_real":
                 return self._intern("real", shape, (first,), None, None, first.root)
+        whole = sorted(parents, key=lambda node: (node.constant, node.shape != shape))  # stable: the first of the best
+        root = whole[0].root
         if (name in _CATS or name == "stack") and isinstance(args[0], list | tuple) and len(parents) == len(args[0]):
             dim = _argument(args, kwargs, 1, "dim") or 0
             if isinstance(dim, int) and all(len(p.shape) == len(parents[0].shape) for p in parents):
@@ -242,7 +245,8 @@ class Trail:
             # Of two factors one may be a weight: a projection. Scores may be made of weights, too (learned queries).
             kind = "mix" if len(nodes) == 1 else "product"
             root = next((node for node in nodes if not node.constant), nodes[0]).root
-            return self._intern(kind, shape, nodes, how, (name, how), root)
+            numbers = tuple(node.number for node in parents)  # another weight makes another tensor
+            return self._intern(kind, shape, nodes, how, (name, how, numbers), root)
         same = whole[0] if main is None or main.shape != shape else main
         if same.shape == shape and name not in _SHUFFLES:
             return same

@@ -20,6 +20,7 @@ from attncongruence.capture.origins import (
     Codes,
     Sizes,
     codes_of,
+    on_cpu,
     over_features,
     softmax_codes,
     together,
@@ -100,11 +101,11 @@ class Fold:
 def fold_of(scores: Node, product: Node | None, sizes: Sizes) -> Fold | str:
     """How the leading axes of scores hold samples and heads, or why that is not known.
 
-    `sizes` are the first and the second dimensions of the model's inputs, where the module is only a part of it.
+    `sizes` are those of the model's inputs, where they are known.
     """
     key = ("fold", product and product.number, sizes)
     if key not in scores.found:
-        with torch.device("cpu"):
+        with on_cpu():
             scores.found[key] = _fold_of(scores, product, sizes)
     found: Fold | str = scores.found[key]
     return found
@@ -120,7 +121,8 @@ def _fold_of(scores: Node, product: Node | None, sizes: Sizes) -> Fold | str:
     if ranks is None:
         return unknown
     heads = max(ranks[1]) + 1
-    if heads == 1 and len(lead) == 1 and sizes is not None and not _fits(lead[0], *sizes):
+    doubt = sizes is not None and (sizes[2] or codes.unsure)  # a fold that was not seen
+    if heads == 1 and len(lead) == 1 and doubt and not _fits(lead[0], *sizes[:2]):  # type: ignore[index]
         return unknown
     factors = _factors(*ranks)
     return unknown if factors is None else Fold(lead, factors)
@@ -215,10 +217,8 @@ def attention_of(log: Log, sizes: Sizes, *, whole: bool) -> tuple[Log, Plan, Uns
             for place in group[:-1]:
                 found[place] = ("", None)  # type: ignore[assignment]
             found[group[-1]] = (kept[group[0]][0], joined)
-            plan = [
-                (name, sdpa, fold and LOOP) if name == kept[group[0]][0] else (name, sdpa, fold)
-                for name, sdpa, fold in plan
-            ]
+            inside = kept[group[0]][0]
+            plan = [(name, sdpa, fold and LOOP if name == inside else fold) for name, sdpa, fold in plan]
     gone = [place for place, entry in enumerate(found) if entry[1] is None]
     unseen = [(name, lengths, place - sum(other < place for other in gone)) for name, lengths, place in unseen]
     return [entry for entry in found if entry[1] is not None], plan, unseen
@@ -236,25 +236,16 @@ def _loops(log: Log) -> list[list[int]]:
 
 def _joined(parts: list[Operation], sizes: Sizes) -> Operation | None:
     """Operations that are heads or samples of one, as that one; None if they are not."""
-    with torch.device("cpu"):
-        codes = [codes_of(part.where, part.product, sizes) for part in parts]
-        known = [code for code in codes if code is not None and not code.problem]
-        if len(known) < len(parts):
-            return None
-        for side in (0, 1):
-            sources = {tuple(code.samples[side][:, 0].tolist()) for code in known}
-            projections = {tuple(code.heads[side][:, 0].tolist()) for code in known}
-            if len(sources) > 1 or (
-                len(projections) > 1 and any(len(set(_rank(code.heads[side]))) > 1 for code in known)
-            ):
-                return None  # another sequence, or another attention with heads of its own
-        ranks = decide(together(known))
-        factors = None if ranks is None else _factors(*ranks)
+    key = ("loop", sizes, *(node.number for part in parts for node in (part.where, part.product)))
+    first = parts[0]
+    if key not in first.where.found:
+        with on_cpu():
+            first.where.found[key] = _loop_factors(parts, sizes)
+    factors = first.where.found[key]
     if factors is None:
         return None
     lead = (len(parts), *parts[0].where.shape[:-2])
     fold = Fold(lead, factors)
-    first = parts[0]
     logits = None if first.logits is None else fold.apply(torch.stack([part.logits for part in parts]))  # type: ignore[misc]
     versions = tuple(version for part in parts for version in part.versions)
     shapes = {stage and stage.shape[:-2] for part in parts for stage in (part.product, *part.all_stages)}
@@ -269,9 +260,28 @@ def _joined(parts: list[Operation], sizes: Sizes) -> Operation | None:
     masks = tuple(
         (bring(part.masks[place][0] for part in parts), factor) for place, (_, factor) in enumerate(first.masks)
     )
-    query, key = bring(part.query for part in parts), bring(part.key for part in parts)
-    whole = dataclasses.replace(first, query=query, key=key, masks=masks, logits=logits)
+    q, k = bring(part.query for part in parts), bring(part.key for part in parts)
+    whole = dataclasses.replace(first, query=q, key=k, masks=masks, logits=logits)
     return dataclasses.replace(whole, versions=versions)
+
+
+def _loop_factors(parts: list[Operation], sizes: Sizes) -> tuple[tuple[int, bool], ...] | None:
+    codes = [codes_of(part.where, part.product, sizes) for part in parts]
+    known = [code for code in codes if code is not None and not code.problem]
+    if len(known) < len(parts):
+        return None
+    for side in (0, 1):
+        sources = {tuple(code.samples[side][:, 0].tolist()) for code in known}
+        projections = {tuple(code.heads[side][:, 0].tolist()) for code in known}
+        several = any(max(_rank(code.heads[side])) for code in known)
+        if len(sources) > 1 or (len(projections) > 1 and several):
+            return None  # another sequence, or another attention with heads of its own
+    codes_together = together(known)
+    ranks = decide(codes_together)
+    # Chunks of the queries share their keys: they are no samples.
+    if ranks is None or any(max(_rank(side)) != max(ranks[0]) for side in codes_together.samples):
+        return None
+    return _factors(*ranks)
 
 
 def unplanned(

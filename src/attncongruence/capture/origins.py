@@ -5,8 +5,10 @@ the product contracts, or along an axis that a weight made, it is a head; along 
 followed: all leading positions, and a few rows and places along the width.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +17,8 @@ from attncongruence.capture.axes import CONTRACTED, Node, unravel
 from attncongruence.capture.product import tensors_in
 
 Points = list[tuple[Node, Tensor, Tensor]]
-Sizes = tuple[frozenset[int], frozenset[int]] | None
-"""First and second dimensions of a model's inputs; None where the watched module is the model itself."""
+Sizes = tuple[frozenset[int], frozenset[int], bool] | None
+"""First and second dimensions of a model's inputs, and whether the watched module is only a part of the model."""
 
 CHANNELS = (
     "attends over channels, not tokens (its queries and keys are features), so its scores are no token-to-token scores."
@@ -39,12 +41,13 @@ class Codes:
     heads: tuple[Tensor, Tensor]
     copies: tuple[Tensor, Tensor]
     problem: str = ""
+    unsure: bool = False  # a function that is not known made them
 
     def at(self, places: Tensor, mixed: Tensor) -> "Codes":
         """Those of some positions, with more numbers for heads."""
         samples, heads, copies = (tuple(t[places] for t in pair) for pair in (self.samples, self.heads, self.copies))
         heads = tuple(torch.cat([t, mixed], 1) for t in heads)
-        return Codes(samples, heads, copies, self.problem)  # type: ignore[arg-type]
+        return Codes(samples, heads, copies, self.problem, self.unsure)  # type: ignore[arg-type]
 
 
 def walk(starts: Points, copies: Tensor | None = None) -> Points:
@@ -159,14 +162,15 @@ def together(codes: Sequence[Codes]) -> Codes:
         return left, right
 
     problem = next((one.problem for one in codes if one.problem), "")
-    return Codes(joined("samples"), joined("heads"), joined("copies"), problem)
+    unsure = any(one.unsure for one in codes)
+    return Codes(joined("samples"), joined("heads"), joined("copies"), problem, unsure)
 
 
-def sizes_of(inputs: Iterable[object]) -> Sizes:
-    """First and second dimensions of some inputs, as far as they are tensors."""
+def sizes_of(inputs: Iterable[object], *, part: bool) -> Sizes:
+    """First and second dimensions of a model's inputs, as far as they are tensors; `part` of it is watched."""
     tensors = tensors_in(inputs)
     first, second = (frozenset(t.shape[axis] for t in tensors if t.ndim > axis) for axis in (0, 1))
-    return first, second
+    return first, second, part
 
 
 def product_codes(product: Node, sizes: Sizes) -> Codes:
@@ -181,8 +185,8 @@ def product_codes(product: Node, sizes: Sizes) -> Codes:
     certain, likely = ([side[3] == degree for side in sides] for degree in (2, 1))
     problem = CHANNELS if any(certain) or all(likely) else ""
     problem = GATHERED if 3 in (sides[0][3], sides[1][3]) else problem
-    samples, heads, copies = ((sides[0][part], sides[1][part]) for part in (0, 1, 2))
-    return Codes(samples, heads, copies, problem)  # type: ignore[arg-type]
+    q, k = sides
+    return Codes((q[0], k[0]), (q[1], k[1]), (q[2], k[2]), problem, q[4] and k[4])
 
 
 def softmax_codes(scores: Node, sizes: Sizes) -> Codes:
@@ -192,9 +196,15 @@ def softmax_codes(scores: Node, sizes: Sizes) -> Codes:
     return Codes((one[0], one[0]), (one[1], one[1]), (one[2], one[2]))
 
 
+def on_cpu() -> contextlib.AbstractContextManager[Any]:
+    """Where points are made, whatever the user's default device is. A device as a context costs time in each call."""
+    here = torch.get_default_device().type == "cpu"
+    return contextlib.nullcontext() if here else torch.device("cpu")
+
+
 def over_features(scores: Node) -> bool:
     """Whether a softmax over something that is no product runs over features, or gives features a weight each."""
-    with torch.device("cpu"):
+    with on_cpu():
         rank = len(scores.shape)
         rows = _side(scores.shape, scores, (*range(rank - 1), CONTRACTED), 0, False, None)
         columns = _side(scores.shape, scores, (*range(rank - 2), CONTRACTED, rank - 1), 1, False, None)
@@ -207,9 +217,9 @@ def over_features(scores: Node) -> bool:
 
 def _side(
     shape: torch.Size, factor: Node, axes: Sequence[int], side: int, weight: bool, sizes: Sizes
-) -> tuple[Tensor, Tensor, Tensor, int]:
+) -> tuple[Tensor, Tensor, Tensor, int, bool]:
     """What one factor of a product knows: samples, heads, copies; 3 if parts of several processes are in it, 2 if its
-    rows are features, 1 if that may be.
+    rows are features, 1 if that may be; whether it is unsure.
     """
     lead = shape[:-2]
     count, row = lead.numel(), len(lead) + side
@@ -265,21 +275,24 @@ def _side(
         in_lead, in_rows, in_width = which < count, (which >= count) & (which < is_width.start), which >= is_width.start
         in_rows[which == 0], in_width[which == 0] = True, True
         along_rows, along_width = _vary(at[in_rows]), _vary(at[in_width])
-        wide = along_width - along_rows
+        own = along_width - along_rows
         if (weights := mixed(node)) is not None:
-            wide |= set(weights[2]) - along_rows
+            own |= set(weights[2]) - along_rows
         if weight:  # learned queries or keys, the same for all samples
-            wide |= set(range(rank)) - along_rows
-        if not wide and width == 1:
-            wide = {rank - 1} - along_rows
+            own |= set(range(rank)) - along_rows
+        if not own and width == 1:
+            own = {rank - 1} - along_rows
         if not projected and along_width and rank - 1 in along_rows - along_width:
             features_in_rows = max(features_in_rows, 1)
-        if rank == 4 and not split and not _vary(at[in_lead]) & wide:
-            wide |= _usual(node, along_rows or {2 if node.shape[2] == 1 else 1}, wide or {3}, sizes)
+        if rank == 4 and not split and not _vary(at[in_lead]) & own:
+            own |= _usual(node, along_rows or {2 if node.shape[2] == 1 else 1}, own or {3}, sizes)
         for axis in range(min(rank, _AXES)):
-            (heads if axis in wide else where)[which, axis] = at[:, axis]
+            (heads if axis in own else where)[which, axis] = at[:, axis]
     samples = torch.cat([leaves, where], 1)
-    return samples[:count], torch.cat([makers, made, heads], 1)[:count], copies[:count, None], features_in_rows
+    unsure = any(
+        node.kind == "leaf" and bool(node.parents) and bool((which < count).any()) for node, which, _ in finals
+    )
+    return samples[:count], torch.cat([makers, made, heads], 1)[:count], copies[:count, None], features_in_rows, unsure
 
 
 def _usual(leaf: Node, rows: set[int], features: set[int], sizes: Sizes) -> set[int]:

@@ -194,8 +194,9 @@ class AttentionCapture:
             thread.count = {}
             self._ran.add(torch.is_grad_enabled())
             self._cut = sharded.cuts_sequences() or self._cut
+        for watch in self._all_watches():
+            watch.sizes = sizes_of((*args, *kwargs.values()), part="" not in watch.modules)
         for watch in self._watches:
-            watch.sizes = sizes_of((*args, *kwargs.values()))
             if not thread.passes:
                 watch.stop()
                 watch.compiled.slot = ()  # left by a recomputation in backward

@@ -131,7 +131,7 @@ class Watch:
             if not records or (fast and not self._whole):
                 return
             mode = self._thread.mode = AttentionMode(
-                whole=self._whole, records=self._logs, table=self._table, sizes=self.sizes if name else None
+                whole=self._whole, records=self._logs, table=self._table, sizes=self.sizes
             )
             push_mode(mode)
         at_end: Callable[[], None] = do_nothing
