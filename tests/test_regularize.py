@@ -1,7 +1,9 @@
 """regularize: what it adds and to what, which samples count, and how it fails."""
 
+import copy
 import functools
 import sys
+import types
 
 import pytest
 import torch
@@ -533,3 +535,15 @@ def test_positives_may_come_from_the_output(x):
         model(x)
     torch.testing.assert_close(regularizer.last.congruence, expected.detach())
     assert expected != cacr_loss(captured, TEXT)
+
+
+def test_a_regularized_forward_passes_for_the_method(x):
+    model = Model()
+    with regularize(model, CACRLoss(), TEXT) as regularizer:
+        assert model.forward.__func__ is Model.forward
+        assert model.forward.__self__ is model
+        assert model.forward.__name__ == "forward"
+        assert copy.deepcopy(model).forward.__func__ is Model.forward
+        model.forward = types.MethodType(model.forward.__func__, model)  # as trainers do that patch it
+        model(x)["loss"].backward()
+        assert regularizer.last.congruence > 0
