@@ -65,6 +65,51 @@ def test_a_film_is_an_image(kinds):
     assert loss == cacr_loss(captured, by_hand, direction="language", convention="weighted_mean") > 0
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_films_and_pictures_at_random(seed):
+    """Any number of words, pictures and films of any length, in any order; the layout by hand is laid as they come."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low, high, count=1):
+        return torch.randint(low, high, (count,), generator=generator).tolist()
+
+    ids, text, image, pixels, grids = [], [], [], {"image": [], "video": []}, {"image": [], "video": []}
+
+    def lay(tokens, is_text, is_image):
+        ids.extend(tokens)
+        text.extend([is_text] * len(tokens))
+        image.extend([is_image] * len(tokens))
+
+    for _ in range(draw(2, 5)[0]):
+        lay(draw(1, 90, draw(1, 4)[0]), True, False)
+        kind = "video" if not grids["video"] else ("image", "video")[draw(0, 2)[0]]
+        frames = draw(1, 4)[0] if kind == "video" else 1
+        lay([START], True, False)
+        lay([IMAGE if kind == "image" else VIDEO] * 4 * frames, False, True)
+        lay([END], True, False)
+        pixels[kind].append(torch.randn(frames * 16, 3 * 2 * 4 * 4, generator=generator))
+        grids[kind].append([frames, 4, 4])
+    lay(draw(1, 90, 3), True, False)
+    ids = torch.tensor([ids])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch["mm_token_type_ids"] = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
+    for kind, (pixel, grid) in {
+        "image": ("pixel_values", "image_grid_thw"),
+        "video": ("pixel_values_videos", "video_grid_thw"),
+    }.items():
+        if grids[kind]:
+            batch |= {pixel: torch.cat(pixels[kind]), grid: torch.tensor(grids[kind])}
+    model = qwen2_vl()
+    with capture_attention(model, "*language_model.layers.1.self_attn") as capture:
+        model(**batch)
+        captured = capture.pop()
+    layout, by_hand = token_layout(model, batch, captured), TokenLayout(torch.tensor([text]), torch.tensor([image]))
+    loss, expected = (
+        cacr_loss(captured, one, direction="language", convention="weighted_mean") for one in (layout, by_hand)
+    )
+    assert loss == expected > 0
+
+
 def test_the_option_says_which_modalities_are_image():
     model, batch = qwen2_vl(), batch_of("image", "video")
     ids = batch["input_ids"]
@@ -131,6 +176,7 @@ MARKS = """audio_bos_token_id audio_delay_token_id audio_end_token_id audio_eos_
 NONE_OF_THE_VOCABULARY = {"audio_stream_bos_id", "audio_stream_eos_id", "image_patch_id"}
 
 
+@pytest.mark.slow
 def test_every_token_that_transformers_names_is_known():
     """A new name would be laid out as a word: this test sees it."""
     names = re.compile(
