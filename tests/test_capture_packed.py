@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from attncongruence import CACRLoss, TokenLayout, cacr_loss, capture_attention, regularize
 from attncongruence.capture.kernels import _documents
+from attncongruence.training.term import _packed
 
 pytestmark = pytest.mark.needs("transformers>=5.0")
 OURS = {"rtol": 1e-6, "atol": 1e-8}
@@ -232,6 +233,12 @@ def test_regularize_says_what_is_averaged_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(ids, positions)
+    assert _packed({"position_ids": positions.expand(3, 1, 8)})
+    assert _packed({"position_ids": positions, "attention_mask": torch.ones(1, 8)})
+    left = torch.tensor([[1, 1, 1, 0, 1, 2, 3, 4]])  # padding on the left
+    assert not _packed({"position_ids": left, "attention_mask": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])})
+    assert _packed({"cu_seq_lens_q": torch.tensor([0, 4, 8])})
+    assert not _packed({"cu_seq_lens_q": torch.tensor([0, 8])})
     other = Head().train()
     regularize(other, CACRLoss(direction="language"), layout)
     with warnings.catch_warnings():
