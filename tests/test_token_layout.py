@@ -154,6 +154,7 @@ def test_a_tokenizer_knows_what_is_no_word(special):
     assert token_layout(model, inputs, special=special).image.int().tolist() == [[0, 0, 0, 1, 0, 0, 0]]
 
 
+@pytest.mark.needs("datasets", reason="the tiny processor stands beside data for TRL")
 def test_a_real_tokenizer_knows_its_added_tokens():
     from tests.helpers.vlm import WORDS, llava, processor
 

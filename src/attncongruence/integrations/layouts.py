@@ -42,7 +42,8 @@ def token_layout(
     InternVL, Idefics 3, BLIP-2 and all others with an `image_token_id` in their configuration; Kosmos-2), text-first
     encoders (ViLT, VisualBERT, LayoutLMv3) and image-first ones (FLAVA, GIT, the Q-Former of BLIP-2).
 
-    A position is text if it holds no placeholder of any modality that the configuration names.
+    A position is text if it holds no placeholder of any modality that the configuration names. Tokens around an image
+    (`vision_start_token_id`) and those of a chat template are text unless `special` leaves them out.
 
     Args:
         model: the model, also inside DDP or compiled.
@@ -59,8 +60,8 @@ def token_layout(
 
     Raises:
         ValueError: a model that is not known or has no joint sequence, inputs without `input_ids`, a captured layer or
-            an attention mask of another length, another word in `image`. The message says how to build the layout by
-            hand.
+            an attention mask of another length, another word in `image`, placeholders that do not tell images from
+            videos where `image` asks for one of them. The message says how to build the layout by hand.
 
     Example:
         A LLaVA whose placeholder is 5, with two image tokens and a word, then padding:
