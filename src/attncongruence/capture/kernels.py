@@ -69,7 +69,7 @@ def _registered(kernel: str) -> str:
 
 def _operation(module: nn.Module, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> Operation | None:
     """The operation of one call of a kernel; None where it is more than scale, product and masks."""
-    if options.get("s_aux") is not None or options.get("softcap") is not None:
+    if any(options.get(name) is not None for name in ("s_aux", "softcap", "block_table", "cache")):
         return None
     length, keys = query.shape[-2], key.shape[-2]
     causal, masks = False, []
@@ -87,7 +87,8 @@ def _operation(module: nn.Module, query: Tensor, key: Tensor, mask: Any, options
             if not known or (document is not None and length != keys):
                 return None
             if document is not None:
-                masks.append(document[:, None] == document)
+                document = document.to(query.device)
+                masks.append((document[:, None] == document) & (document > 0))
         asked = options.get("is_causal")
         causal = length > 1 and bool(getattr(module, "is_causal", False) if asked is None else asked)
         if (window := options.get("sliding_window")) is not None:
@@ -102,10 +103,11 @@ def _operation(module: nn.Module, query: Tensor, key: Tensor, mask: Any, options
 
 
 def _documents(batch: int, length: int, options: dict[str, Any]) -> tuple[bool, Tensor | None]:
-    """Whether it is known, and to which document of a packed row each position belongs (None: there is one).
+    """Whether it is known, and to which document of a packed row each position belongs, from 1 on, 0: to none.
 
-    As transformers' flash attention has it (its `modeling_flash_attention_utils`): by `cu_seq_lens`, if all of them
-    came; else, in a batch of one, where `position_ids` start again.
+    None instead of numbers: there is one document. As transformers' flash attention has it (its
+    `modeling_flash_attention_utils`): by `cu_seq_lens`, if all of them came; else, in a batch of one, where
+    `position_ids` start again.
     """
     names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
     if all(options.get(name) is not None for name in names):
@@ -113,10 +115,15 @@ def _documents(batch: int, length: int, options: dict[str, Any]) -> tuple[bool, 
         if batch != 1 or (ends is not of_keys and not torch.equal(ends, of_keys)):
             return False, None
         places = torch.arange(length, device=ends.device)
-        return True, torch.bucketize(places, ends.to(places.dtype), right=True)
+        document = torch.bucketize(places, ends.to(places.dtype), right=True)
+        return True, document.where(places < ends[-1], 0)
     positions = options.get("position_ids")
-    if not isinstance(positions, Tensor) or batch != 1 or positions.shape != (1, length) or length == 1:
+    if not isinstance(positions, Tensor) or batch != 1 or positions.shape[-1] == 1:
         return True, None
+    if positions.shape != (1, length):
+        return False, None
     first = positions.min()
     packed = (torch.arange(length, device=positions.device) + first != positions).any()
-    return True, torch.where(packed, (positions[0] == first).cumsum(0), 0)
+    if not torch.compiler.is_compiling() and not packed:  # the kernel looks, too: no synchronization more
+        return True, None
+    return True, torch.where(packed, (positions[0] == first).cumsum(0), 1)

@@ -42,7 +42,8 @@ def token_layout(
     InternVL, Idefics 3, BLIP-2 and all others with an `image_token_id` in their configuration; Kosmos-2), text-first
     encoders (ViLT, VisualBERT, LayoutLMv3) and image-first ones (FLAVA, GIT, the Q-Former of BLIP-2).
 
-    A position is text if it holds no placeholder of any modality that the configuration names.
+    A position is text if it holds no placeholder of any modality that the configuration names. Tokens around an image
+    (`vision_start_token_id`) and those of a chat template are text unless `special` leaves them out.
 
     Args:
         model: the model, also inside DDP or compiled.
@@ -59,8 +60,8 @@ def token_layout(
 
     Raises:
         ValueError: a model that is not known or has no joint sequence, inputs without `input_ids`, a captured layer or
-            an attention mask of another length, another word in `image`. The message says how to build the layout by
-            hand.
+            an attention mask of another length, another word in `image`, placeholders that do not tell images from
+            videos where `image` asks for one of them. The message says how to build the layout by hand.
 
     Example:
         A LLaVA whose placeholder is 5, with two image tokens and a word, then padding:
@@ -84,7 +85,7 @@ def token_layout(
             f"attention_mask has shape {tuple(mask.shape)}, and input_ids {tuple(ids.shape)}: positions that are no "
             "tokens (prefix or prompt tuning) or a mask of pairs cannot be laid out. " + _BY_HAND
         )
-    image = tuple(image)
+    image = (image,) if isinstance(image, str) else tuple(image)
     if not set(image) <= {"image", "video"}:
         raise ValueError(f"image={image} may hold 'image' and 'video', the modalities to take for the image")
     token_mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
@@ -123,30 +124,41 @@ def _special_ids(special: Any) -> tuple[int, ...]:
     """The ids themselves, or the special tokens of a tokenizer or processor."""
     tokenizer = _holder(special)
     if tokenizer is None:
+        if not isinstance(special, Iterable) or isinstance(special, str):
+            raise ValueError(f"special is a {type(special).__name__}: pass token ids, a tokenizer or its processor")
         return tuple(special)
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return (*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special))
 
 
-_TOKEN = re.compile(r"(.+?)_token_(?:id|index)")
-_MODALITIES = ("image", "video", "audio", "speech")
-_MARKS = re.compile(r"image|video|vision|frame|audio|speech|(?:bo|eo)[iav]\b")
+# What processors write into mm_token_type_ids.
+_KINDS = {"image": 1, "video": 2}
+_MODALITIES = (*_KINDS, "audio", "speech")
+_TOKEN = re.compile(r"(.+)_token_(?:ids?|index)|(.*(?:start|end|newline))_id")
+_MEDIA = re.compile(r"image|video|vision|visual|audio|speech|frame|slice|newline|^im_|^(?:bo|eo)[aiv]$")
 
 
 def named_tokens(config: Any) -> dict[str, set[int]]:
     """Ids of the tokens of images, videos and sounds that a configuration names, those inside of it included.
 
-    `"image"`, `"video"`, `"audio"`, `"speech"`: placeholders. `"marks"`: all that stand around them.
+    `"image"`, `"video"`, `"audio"`, `"speech"`: placeholders. Other names: what stands around them. What an outer
+    configuration says of a name holds, whatever an inner one says.
     """
     found: dict[str, set[int]] = {}
-    waiting = [] if config is None else [config]
-    while waiting:
-        for name, value in vars(waiting.pop()).items():
-            match = _TOKEN.fullmatch(name)
-            if hasattr(value, "to_dict") and hasattr(value, "model_type"):
-                waiting.append(value)
-            elif match and type(value) is int and value >= 0 and _MARKS.search(match[1]):
-                found.setdefault(match[1] if match[1] in _MODALITIES else "marks", set()).add(value)
+    level = [] if config is None else [config]
+    while level:
+        here: dict[str, set[int]] = {}
+        for holder in level:
+            for attribute in {*dir(holder), *getattr(holder, "attribute_map", ())}:
+                match = _TOKEN.fullmatch(attribute)
+                name = (match[1] or match[2]) if match else ""
+                if _MEDIA.search(name):
+                    value = getattr(holder, attribute, None)
+                    numbers = {n for n in (value if isinstance(value, list | tuple) else [value]) if type(n) is int}
+                    here[name] = here.get(name, set()) | numbers
+        found = {name: numbers for name, numbers in here.items() if numbers} | found
+        inner = (value for holder in level for value in vars(holder).values())
+        level = [value for value in inner if hasattr(value, "to_dict") and hasattr(value, "model_type")]
     return found
 
 
@@ -166,11 +178,23 @@ def _placeholders(
         numbers = sorted(set().union(*(named.get(name, set()) for name in names)))
         return torch.isin(ids, torch.tensor(numbers, dtype=ids.dtype, device=ids.device))
 
-    others = where(*_MODALITIES, *(["marks"] if marks else []))
+    others = where(*(named if marks else _MODALITIES))
     if isinstance(positions, Tensor):  # Kosmos-2
         return positions.bool(), others
-    if not {"image", "video"} & named.keys():
+    visual = named.keys() & _KINDS.keys()
+    if not visual:
         return None, others
+    kinds = inputs.get("mm_token_type_ids")
+    if len(visual & set(image)) == len(visual):
+        return where(*image), others
+    if isinstance(kinds, Tensor):  # also where images and videos have one placeholder (GLM-4V, Molmo 2)
+        return where(*_KINDS) & torch.isin(kinds, torch.tensor([_KINDS[name] for name in image]).to(kinds)), others
+    asked, rest = ({n for name in names for n in named.get(name, ())} for names in (set(image), visual - set(image)))
+    if not asked or asked & rest:
+        raise ValueError(
+            f"image={image}, but the placeholders that the configuration of {family!r} names do not tell "
+            f"{' from '.join(sorted(_KINDS))}: leave image out, or pass the processor's mm_token_type_ids too"
+        )
     return where(*image), others
 
 

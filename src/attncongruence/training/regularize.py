@@ -78,7 +78,7 @@ def regularize(
         n_text: number of text tokens, which come first; a `(batch,)` integer tensor with one such number for each
             sample; a `TokenLayout`; or a function `(batch, captured)` that returns one of these. The function is called
             with both, positionally, once for each captured layer: `functools.partial(token_layout, model)` is one. A
-            wrong `n_text` is not detected; check it with the doctor.
+            wrong `n_text` is not detected; check it with the doctor. Each row counts once, also a packed one.
         layers: as in `capture_attention`; the losses of several layers are averaged.
         weight: lambda, a number >= 0 or a schedule: any function step -> weight.
         positives: which samples count: a `(batch,)` bool mask, indices, or a function `(batch)` or `(batch, output)`;

@@ -131,21 +131,23 @@ class CongruenceTerm:
 
 _LOOKED = "looked for packed rows"
 _PACKED = (
-    "rows of this batch hold several samples (packing, padding-free batches). Attention does not mix them, but each "
-    "row counts as one sample in the loss's mean. For a mean over samples, train without packing (packing=False, "
-    "padding_free=False)."
+    "rows of this batch hold several samples (packing, padding-free batches). The loss compares only tokens that "
+    "attention lets see each other, but it is a mean over rows: each row counts once, not each sample. For a mean over "
+    "samples, train without packing (packing=False, padding_free=False)."
 )
 
 
 def _packed(batch: Batch) -> bool:
-    """Whether a row holds several samples, by `cu_seq_lens` or by positions that start again."""
+    """Whether a row holds several samples, by `cu_seq_lens` or by positions that start again among its tokens."""
     if batch.get("cu_seq_lens_q") is not None:
         return bool(batch["cu_seq_lens_q"].numel() > 2)
-    positions = batch.get("position_ids")
-    mask = batch.get("attention_mask")
-    if not isinstance(positions, Tensor) or positions.ndim != 2 or (isinstance(mask, Tensor) and mask.ndim == 2):
+    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
+    if not isinstance(positions, Tensor) or positions.ndim not in (2, 3):
         return False
-    return bool((positions.diff(dim=-1) < 0).any())
+    back = (positions[0] if positions.ndim == 3 else positions).diff(dim=-1) < 0  # three: Qwen-VL's, time first
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[-1] == positions.shape[-1]:
+        back = back & mask[:, 1:].bool() & mask[:, :-1].bool()
+    return bool(back.any())
 
 
 def _call(name: str, function: Callable[..., Any], batch: Batch, *more: Any) -> Any:
