@@ -4,7 +4,7 @@ A model may put heads beside the batch, fold the two into one axis in either ord
 Sizes do not tell these apart. What tells is the way back from the scores: the axis that a product contracts is the
 width, so whatever was split from the same axis is a head, and all other leading axes are samples.
 
-`Trail` notes how each tensor was made, without keeping it. `capture/folds.py` goes back along that trail.
+`Trail` notes how each tensor was made, without keeping it. `capture/origins.py` goes back along that trail.
 """
 
 import itertools

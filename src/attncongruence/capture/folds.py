@@ -211,17 +211,16 @@ def attention_of(log: Log, sizes: Sizes, *, whole: bool) -> tuple[Log, Plan, Uns
             found.append((name, canonical(operation, sizes)))
             kept.append((name, operation))
         plan.append((name, operation.logits is None, fold))
+    gone: set[int] = set()  # places of operations that are a part of another
     for group in _loops(kept):
         joined = _joined([kept[place][1] for place in group], sizes)
         if joined is not None:
-            for place in group[:-1]:
-                found[place] = ("", None)  # type: ignore[assignment]
+            gone.update(group[:-1])
             found[group[-1]] = (kept[group[0]][0], joined)
             inside = kept[group[0]][0]
             plan = [(name, sdpa, fold and LOOP if name == inside else fold) for name, sdpa, fold in plan]
-    gone = [place for place, entry in enumerate(found) if entry[1] is None]
     unseen = [(name, lengths, place - sum(other < place for other in gone)) for name, lengths, place in unseen]
-    return [entry for entry in found if entry[1] is not None], plan, unseen
+    return [entry for place, entry in enumerate(found) if place not in gone], plan, unseen
 
 
 def _loops(log: Log) -> list[list[int]]:
@@ -261,8 +260,7 @@ def _joined(parts: list[Operation], sizes: Sizes) -> Operation | None:
         (bring(part.masks[place][0] for part in parts), factor) for place, (_, factor) in enumerate(first.masks)
     )
     q, k = bring(part.query for part in parts), bring(part.key for part in parts)
-    whole = dataclasses.replace(first, query=q, key=k, masks=masks, logits=logits)
-    return dataclasses.replace(whole, versions=versions)
+    return dataclasses.replace(first, query=q, key=k, masks=masks, logits=logits, versions=versions)
 
 
 def _loop_factors(parts: list[Operation], sizes: Sizes) -> tuple[tuple[int, bool], ...] | None:

@@ -123,6 +123,7 @@ def codes_of(scores: Node, product: Node | None, sizes: Sizes) -> Codes | None:
     points[:, -2], points[:, -1] = scores.shape[-2] // 2, scores.shape[-1] // 2
     features = torch.zeros(count, 1, dtype=torch.int64)
     places = torch.zeros(count, dtype=torch.int64)
+    nothing = torch.zeros(count, 1, dtype=torch.int64)
     starts: Points = [(scores, torch.arange(count), points)]
     found: list[tuple[Tensor, Codes]] = []
     while starts:
@@ -134,13 +135,7 @@ def codes_of(scores: Node, product: Node | None, sizes: Sizes) -> Codes | None:
                 made = [axis for axis in made if axis < len(node.shape) - 2]
                 for axis in made:
                     features[which, 0] = features[which, 0] * node.shape[axis] + where[:, axis]
-                starts.append(
-                    (
-                        parent,
-                        which,
-                        through(node, where, parent, axes, lambda _: torch.zeros(1, dtype=torch.int64)),
-                    )
-                )
+                starts.append((parent, which, through(node, where, parent, axes, lambda _: nothing[:1, 0])))
             elif node.kind == "product":
                 flat = torch.zeros(len(where), dtype=torch.int64)
                 for axis, size in enumerate(node.shape[:-2]):
@@ -150,7 +145,6 @@ def codes_of(scores: Node, product: Node | None, sizes: Sizes) -> Codes | None:
             else:
                 return None
     order = torch.argsort(torch.cat([which for which, _ in found]))
-    nothing = torch.zeros(count, 1, dtype=torch.int64)
     return together([codes.at(places[which], features[which]) for which, codes in found]).at(order, nothing)
 
 
@@ -166,11 +160,11 @@ def together(codes: Sequence[Codes]) -> Codes:
     return Codes(joined("samples"), joined("heads"), joined("copies"), problem, unsure)
 
 
-def sizes_of(inputs: Iterable[object], *, part: bool) -> Sizes:
-    """First and second dimensions of a model's inputs, as far as they are tensors; `part` of it is watched."""
+def sizes_of(inputs: Iterable[object]) -> tuple[frozenset[int], frozenset[int]]:
+    """First and second dimensions of a model's inputs, as far as they are tensors."""
     tensors = tensors_in(inputs)
     first, second = (frozenset(t.shape[axis] for t in tensors if t.ndim > axis) for axis in (0, 1))
-    return first, second, part
+    return first, second
 
 
 def product_codes(product: Node, sizes: Sizes) -> Codes:

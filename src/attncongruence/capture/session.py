@@ -194,8 +194,9 @@ class AttentionCapture:
             thread.count = {}
             self._ran.add(torch.is_grad_enabled())
             self._cut = sharded.cuts_sequences() or self._cut
+        first, second = sizes_of((*args, *kwargs.values()))
         for watch in self._all_watches():
-            watch.sizes = sizes_of((*args, *kwargs.values()), part="" not in watch.modules)
+            watch.sizes = first, second, "" not in watch.modules
         for watch in self._watches:
             if not thread.passes:
                 watch.stop()
@@ -284,7 +285,7 @@ class AttentionCapture:
         self._records += [(self._thread.passes, CapturedAttention(name, operation)) for name, _, operation in chosen]
         if self._finder is None:  # another thread was first
             return
-        plan = self._finder.plan
+        plan = self._finder.compiled.plan
         self._finder.close()
         self._finder = None
         names = [name for name, _, _ in found]

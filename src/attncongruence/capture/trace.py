@@ -23,14 +23,14 @@ from attncongruence.capture.versions import kept
 class AttentionMode(TorchFunctionMode):
     """One pass through a watched module: runs every function unchanged, and logs the attention operations.
 
-    It records how each score-like tensor was made, so that a softmax leads back to q and k. In a pass through a whole
-    model, it also tells inputs apart, and logs only softmaxes over products.
+    It records how each tensor was made, so that a softmax leads back to q and k, and these to samples and heads. In a
+    pass through a whole model, it also logs scores that weigh values without a softmax that was seen.
 
     Args:
         whole: whether all modules of a model are watched.
         records: whether what attends at the moment is to be recorded.
         table: what earlier passes through the same module found out about its tensors.
-        sizes: of the model's inputs, where the module is a part of it.
+        sizes: of the model's inputs, where they are known.
     """
 
     def __init__(
@@ -139,16 +139,14 @@ class AttentionMode(TorchFunctionMode):
         # baddbmm(alibi, batch1=query, batch2=key), matmul(query, other=key)
         args = (*args, *(kwargs[key] for key in product.FACTORS if key in kwargs))
         factors = tensors_in(args)[-2:]
-        if any((known := self._known(t)) is not None and not known.from_product for t in factors):
+        known = [(scores, operation) for scores in factors if (operation := self._known(scores)) is not None]
+        if not all(operation.from_product for _, operation in known):
             return None  # probabilities times values
-        for scores in factors:
-            known = self._known(scores)
-            node = None if known is None else known.product
+        for scores, operation in known if self._whole else ():
             # Of learned queries or keys, the product is a projection.
-            if self._whole and known is not None and node and not any(parent.constant for parent in node.parents):
-                where = self._trail.node(scores)
-                unseen = dataclasses.replace(known.logits_alone(scores.detach(), UNSEEN), where=where)
-                self.log(unseen)
+            if operation.product and not any(parent.constant for parent in operation.product.parents):
+                unseen = operation.logits_alone(scores.detach(), UNSEEN)
+                self.log(dataclasses.replace(unseen, where=self._trail.node(scores)))
         return product.read_product(name, args, kwargs)
 
     def _derived(

@@ -45,8 +45,8 @@ class Watch:
         self.ran: set[bool] = set()  # since the last pop: whether passes through it were to be recorded
         self.closed = False
         self._thread, self.compiled = _ThisThread(), CompiledMode(analysis=analysis)
-        self.plan = self.compiled.plan = plan  # of the last pass that was followed
-        self.unseen: Unseen = []  # likewise
+        self.compiled.plan = plan
+        self.unseen: Unseen = []  # of the last pass that was followed
         self.sizes: Sizes = None  # of the model's inputs
         self._table: dict[Any, Node] = {}
         self._whole, self._candidates = candidates is not None, modules if candidates is None else set(candidates)
@@ -154,8 +154,7 @@ class Watch:
             if not mode.path:
                 log = self.stop()
                 if not failed:
-                    self.plan = self.compiled.plan = mode.plan
-                    self.unseen = mode.unseen
+                    self.compiled.plan, self.unseen = mode.plan, mode.unseen
                     self.on_end(name, log)
 
 
