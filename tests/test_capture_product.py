@@ -1,35 +1,26 @@
 """From the softmax back to q and k: every way models write `softmax(scale q k^T + mask)`."""
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from attncongruence.capture import CapturedAttention, capture_attention
 from attncongruence.capture.trace import AttentionMode
+from tests.helpers.single_head import Ways, record_of
 
 B, H, N, D = 2, 3, 5, 4
 MASK = torch.zeros(B, 1, 1, N).masked_fill(torch.arange(N) == 4, -1e4)
 ALLOWED = (MASK == 0).expand(B, H, N, N)
 
 
-class Ways(nn.Module):
-    """Holds q and k and calls one function of them."""
-
-    def __init__(self, way: object) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.q, self.k = nn.Parameter(torch.randn(B, H, N, D)), nn.Parameter(torch.randn(B, H, N, D))
-        self.way = way
-
-    def forward(self) -> Tensor:
-        return self.way(self.q * 1, self.k * 1)
+model_of = functools.partial(Ways, shape=(B, H, N, D), seed=0)
 
 
 def capture(way: object) -> tuple[CapturedAttention, Ways]:
-    model = Ways(way)
-    with capture_attention(model, model) as captured:
-        model()
-        return captured.pop(), model
+    model = model_of(way)
+    return record_of(model), model
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -166,7 +157,7 @@ def test_samples_are_picked_from_everything(name, samples):
 
 @pytest.mark.parametrize("way", [in_place, written_behind])
 def test_inference_tensors_count_no_writes_so_scores_are_all_that_is_offered(way):
-    model = Ways(way)
+    model = model_of(way)
     with capture_attention(model, model, analysis=True) as captured:
         with torch.inference_mode():
             model()

@@ -1,6 +1,7 @@
 """What a model does to scores and masks: factors of masks, scales after them, NaN, writes after the softmax."""
 
 import copy
+import functools
 import math
 import pickle
 
@@ -15,6 +16,7 @@ from attncongruence.capture import CapturedAttention, capture_attention
 from attncongruence.capture.product import Operation
 from attncongruence.losses import congruence_loss
 from tests.helpers.problems import CASES, CONVENTIONS
+from tests.helpers.single_head import Ways, record_of
 
 B, H, N, D, TEXT = 3, 4, 12, 16, 5
 REAL = torch.arange(N) < torch.tensor([12, 10, 9])[:, None]
@@ -22,24 +24,12 @@ PAD = (~REAL).float()[:, None, None]
 """1 at padding, `(batch, 1, 1, length)`."""
 
 
-class Ways(nn.Module):
-    """Holds q and k and calls one function of them."""
-
-    def __init__(self, way: object) -> None:
-        super().__init__()
-        random = torch.Generator().manual_seed(1)
-        self.q, self.k = (nn.Parameter(torch.randn(B, H, N, D, generator=random)) for _ in range(2))
-        self.way = way
-
-    def forward(self) -> Tensor:
-        return self.way(self.q * 1, self.k * 1)
+model_of = functools.partial(Ways, shape=(B, H, N, D), seed=1)
 
 
 def capture(way: object) -> tuple[CapturedAttention, Ways]:
-    model = Ways(way)
-    with capture_attention(model, model) as captured:
-        model()
-        return captured.pop(), model
+    model = model_of(way)
+    return record_of(model), model
 
 
 def in_place(q: Tensor, k: Tensor) -> Tensor:
@@ -351,7 +341,7 @@ def test_for_analysis_scores_are_copied_before_they_are_written_to(name, opaque,
             return torch.softmax(scores, -1, out=scores)
         return overwritten(WRITES[name])(q, k, opaque)
 
-    model = Ways(way)
+    model = model_of(way)
     with capture_attention(model, model, analysis=True) as captured, context():
         model()
         record = captured.pop()
@@ -382,7 +372,7 @@ def test_for_analysis_a_cache_of_keys_may_be_written_to_between_the_steps():
 
 def test_copies_of_a_record_are_as_good():
     for way in (in_place, PADDED["capped, masked, divided"]):
-        model = Ways(way)
+        model = model_of(way)
         with capture_attention(model, model, analysis=True) as captured, torch.no_grad():
             model()
             record = captured.pop()

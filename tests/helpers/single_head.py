@@ -1,4 +1,6 @@
-"""The smallest attention there is, by hand and fused, and what capture makes of it."""
+"""Small attention modules, by hand and fused, and what capture makes of them."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -40,4 +42,24 @@ def record(model: nn.Module, layers: int | str = -1) -> CapturedAttention:
     """Of one forward pass."""
     with capture_attention(model, layers) as capture:
         model(X)
+        return capture.pop()
+
+
+class Ways(nn.Module):
+    """Holds q and k, `(batch, heads, length, width)`, and calls one function of them."""
+
+    def __init__(self, way: Callable[[Tensor, Tensor], Tensor], *, shape: tuple[int, ...], seed: int) -> None:
+        super().__init__()
+        random = torch.Generator().manual_seed(seed)
+        self.q, self.k = (nn.Parameter(torch.randn(shape, generator=random)) for _ in range(2))
+        self.way = way
+
+    def forward(self) -> Tensor:
+        return self.way(self.q * 1, self.k * 1)
+
+
+def record_of(model: nn.Module) -> CapturedAttention:
+    """Of one forward pass of a model without inputs, which attends by itself."""
+    with capture_attention(model, model) as capture:
+        model()
         return capture.pop()
